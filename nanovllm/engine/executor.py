@@ -1,0 +1,54 @@
+"""Executors: they hand a scheduled batch to every rank and bring back the sampled tokens."""
+
+from pathlib import Path
+from typing import Protocol
+
+from nanovllm.config import EngineConfig
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.scheduler import ScheduledBatch
+from nanovllm.models.config import ModelConfig
+from nanovllm.utils.ranks import Ranks
+
+
+class Executor(Protocol):
+    """What the engine's loop asks of those who compute."""
+
+    block_size: int
+    num_kvcache_blocks: int
+    max_num_batched_tokens: int
+
+    def execute(self, batch: ScheduledBatch) -> list[int]:
+        """Compute one step; one token for each sequence whose last token was in the batch, in batch order."""
+
+    def reset(self) -> None:
+        """Forget all running sequences."""
+
+    def exit(self) -> None:
+        """Give back memory and processes. May be called twice."""
+
+
+class SingleRankExecutor:
+    """One rank, in the caller's process."""
+
+    def __init__(self, folder: Path, model_config: ModelConfig, config: EngineConfig, max_model_len: int) -> None:
+        self._runner: ModelRunner | None = ModelRunner(folder, model_config, config, max_model_len, Ranks())
+        self.block_size = self._runner.block_size
+        self.num_kvcache_blocks = self._runner.num_kvcache_blocks
+        self.max_num_batched_tokens = self._runner.max_num_batched_tokens
+
+    def execute(self, batch: ScheduledBatch) -> list[int]:
+        """See `Executor.execute`."""
+        return self._live_runner().execute(batch)
+
+    def reset(self) -> None:
+        """See `Executor.reset`."""
+        self._live_runner().reset()
+
+    def exit(self) -> None:
+        """See `Executor.exit`."""
+        self._runner = None
+
+    def _live_runner(self) -> ModelRunner:
+        if self._runner is None:
+            raise RuntimeError("the engine has exited: make a new LLM")
+        return self._runner

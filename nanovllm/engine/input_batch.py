@@ -1,0 +1,128 @@
+"""InputBatch: what one rank knows of the running sequences, and the inputs of a step made of it.
+
+Each running sequence has a row in arrays that are allocated once. A scheduled batch changes them by increments; the inputs
+of a step are then a few array operations, whatever mixture of prefill chunks and decodes it is.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanovllm.engine.scheduler import ScheduledBatch, StartedSequence
+from nanovllm.layers.sampler import uniform
+
+Int32Array = NDArray[np.int32]
+Int64Array = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """The inputs of one step, as arrays. See `AttentionMetadata` for those that go there."""
+
+    input_ids: Int64Array  # [num_tokens]
+    positions: Int64Array  # [num_tokens]
+    slot_mapping: Int64Array  # [num_tokens]
+    cu_seqlens_q: Int32Array  # [num_seqs + 1]
+    context_lens: Int32Array  # [num_seqs]
+    block_tables: Int32Array  # [num_seqs, max_blocks]
+    max_seqlen_q: int
+    max_context_len: int
+    sampled_rows: Int64Array  # [num_sampled]: rows of the sequences whose last token is in this step, in batch order
+    logits_indices: Int64Array  # [num_sampled]: where that token is among num_tokens
+    temperatures: NDArray[np.float32]  # [num_sampled]
+    uniforms: NDArray[np.float32]  # [num_sampled]
+
+
+class InputBatch:
+    """The rows of the running sequences.
+
+    Args:
+        max_num_seqs: rows.
+        max_model_len: tokens of the longest sequence.
+        block_size: tokens in a KV block.
+    """
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.token_ids = np.zeros((max_num_seqs, max_model_len), np.int32)
+        self.block_tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int32)
+        self.num_blocks = np.zeros(max_num_seqs, np.int32)
+        self.num_tokens = np.zeros(max_num_seqs, np.int64)
+        self.num_prompt_tokens = np.zeros(max_num_seqs, np.int64)
+        self.num_computed_tokens = np.zeros(max_num_seqs, np.int64)
+        self.temperatures = np.zeros(max_num_seqs, np.float32)
+        self.seeds = np.zeros(max_num_seqs, np.uint64)
+        self.seq_ids = np.zeros(max_num_seqs, np.int64)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all sequences."""
+        self._row_of: dict[int, int] = {}  # sequence id -> row
+        self._free_rows = list(range(len(self.num_tokens)))
+
+    def apply(self, batch: ScheduledBatch) -> StepInputs:
+        """Take in what changed, and make the inputs of the step."""
+        for seq_id in batch.released:
+            self._free_rows.append(self._row_of.pop(seq_id))
+        for started in batch.started:
+            self._start(started)
+        for seq_id, block_id in batch.new_blocks:
+            row = self._row_of[seq_id]
+            self.block_tables[row, self.num_blocks[row]] = block_id
+            self.num_blocks[row] += 1
+        return self._make_inputs(batch)
+
+    def append(self, rows: Int64Array, token_ids: Int64Array) -> None:
+        """Add one sampled token to each of the sequences in `rows`.
+
+        A sequence that reached `max_model_len` with it has ended; its token needs no place.
+        """
+        fits = self.num_tokens[rows] < self.token_ids.shape[1]
+        rows, token_ids = rows[fits], token_ids[fits]
+        self.token_ids[rows, self.num_tokens[rows]] = token_ids
+        self.num_tokens[rows] += 1
+
+    def _start(self, started: StartedSequence) -> None:
+        row = self._free_rows.pop()
+        self._row_of[started.seq_id] = row
+        self.seq_ids[row] = started.seq_id
+        self.token_ids[row, : len(started.token_ids)] = started.token_ids
+        self.block_tables[row, : len(started.block_table)] = started.block_table
+        self.num_blocks[row] = len(started.block_table)
+        self.num_tokens[row] = len(started.token_ids)
+        self.num_prompt_tokens[row] = started.num_prompt_tokens
+        self.num_computed_tokens[row] = started.num_computed_tokens
+        self.temperatures[row] = started.sampling_params.temperature
+        self.seeds[row] = started.seed
+
+    def _make_inputs(self, batch: ScheduledBatch) -> StepInputs:
+        rows = np.array([self._row_of[seq_id] for seq_id in batch.seq_ids], np.int64)
+        seqlens_q = np.array(batch.num_tokens, np.int64)
+        begin = self.num_computed_tokens[rows]
+        end = begin + seqlens_q  # the context after this step
+        cu_seqlens_q = np.zeros(len(rows) + 1, np.int32)
+        np.cumsum(seqlens_q, out=cu_seqlens_q[1:])
+        # For each token of the step: the sequence it belongs to, and its position there.
+        owner = np.repeat(rows, seqlens_q)
+        positions = np.arange(cu_seqlens_q[-1]) + np.repeat(begin - cu_seqlens_q[:-1], seqlens_q)
+        block, offset = np.divmod(positions, self.block_size)
+        self.num_computed_tokens[rows] = end
+        samples = end == self.num_tokens[rows]
+        sampled_rows = rows[samples]
+        output_positions = self.num_tokens[sampled_rows] - self.num_prompt_tokens[sampled_rows]
+        max_context_len = int(end.max())
+        return StepInputs(
+            input_ids=self.token_ids[owner, positions].astype(np.int64),
+            positions=positions,
+            slot_mapping=self.block_tables[owner, block].astype(np.int64) * self.block_size + offset,
+            cu_seqlens_q=cu_seqlens_q,
+            context_lens=end.astype(np.int32),
+            block_tables=self.block_tables[rows, : -(-max_context_len // self.block_size)],
+            max_seqlen_q=int(seqlens_q.max()),
+            max_context_len=max_context_len,
+            sampled_rows=sampled_rows,
+            logits_indices=cu_seqlens_q[1:][samples].astype(np.int64) - 1,
+            temperatures=self.temperatures[sampled_rows],
+            uniforms=uniform(self.seeds[sampled_rows], output_positions.astype(np.uint64)),
+        )

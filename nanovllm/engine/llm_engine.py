@@ -1,0 +1,168 @@
+"""LLMEngine: the loop. Requests are added, steps are run, finished requests come out."""
+
+import itertools
+import logging
+import os
+from collections.abc import Sequence as Items
+from random import Random
+from typing import NamedTuple
+
+from nanovllm.config import DEFAULT_MAX_MODEL_LEN, EngineConfig
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.executor import Executor, SingleRankExecutor
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.sequence import Sequence
+from nanovllm.models import load_model_config
+from nanovllm.models.config import ModelConfig
+from nanovllm.sampling_params import MAX_SEED, SamplingParams
+from nanovllm.utils.checkpoint import resolve_checkpoint
+from nanovllm.utils.tokenizer import Prompt, load_eos_token_ids, load_tokenizer, tokenize
+
+logger = logging.getLogger(__name__)
+
+
+class StepResult(NamedTuple):
+    """What one step did."""
+
+    finished: list[Sequence]
+    num_prefill_tokens: int
+    num_decode_tokens: int
+
+
+class LLMEngine:
+    """One model and the requests that run on it.
+
+    Args:
+        model: a checkpoint's folder, a `.gguf` file, or an id on the Hugging Face hub.
+        **kwargs: see `EngineConfig`.
+    """
+
+    def __init__(self, model: str | os.PathLike[str], **kwargs: object) -> None:
+        config = EngineConfig.from_kwargs(**kwargs)
+        folder = resolve_checkpoint(model)
+        model_config = load_model_config(folder)
+        self.max_model_len = choose_max_model_len(config, model_config)
+        self.vocab_size = model_config.vocab_size
+        self.tokenizer = load_tokenizer(folder)
+        self.executor: Executor = SingleRankExecutor(folder, model_config, config, self.max_model_len)
+        self.scheduler = Scheduler(
+            BlockManager(self.executor.num_kvcache_blocks, self.executor.block_size, config.enable_prefix_caching),
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=self.executor.max_num_batched_tokens,
+            eos_token_ids=load_eos_token_ids(folder, self.tokenizer),
+        )
+        self._seq_ids = itertools.count()
+        self._seed_source = Random(config.seed)
+
+    # ---- the loop ----
+
+    def add_request(self, prompt: Prompt, sampling_params: SamplingParams) -> int:
+        """Queue one request.
+
+        Returns:
+            Its id, under which `step` will return it.
+
+        Raises:
+            TypeError, ValueError: it can not be run; nothing was queued.
+        """
+        (seq,) = self._make_sequences([prompt], [sampling_params])
+        self.scheduler.add(seq)
+        return seq.seq_id
+
+    def step(self) -> tuple[list[tuple[int, list[int]]], int]:
+        """Run one step.
+
+        Returns:
+            (id, generated token ids) of each request that finished, and the number of tokens that the step computed:
+            positive if it held any prefill, else the number of decoded tokens, negative (nano-vLLM's convention).
+        """
+        if self.is_finished():
+            return [], 0
+        result = self._run_step()
+        outputs = [(seq.seq_id, seq.completion_token_ids) for seq in result.finished]
+        return outputs, result.num_prefill_tokens or -result.num_decode_tokens
+
+    def is_finished(self) -> bool:
+        """Whether no request is waiting or running."""
+        return self.scheduler.is_finished()
+
+    def _run_step(self) -> StepResult:
+        """Schedule, compute, take in. After any exception no request is left, and the engine can go on."""
+        try:
+            batch = self.scheduler.schedule()
+            token_ids = self.executor.execute(batch)
+            finished = self.scheduler.update(batch, token_ids)
+        except BaseException:
+            self._drop_requests()
+            raise
+        return StepResult(finished, batch.num_prefill_tokens, batch.num_decode_tokens)
+
+    def _drop_requests(self) -> None:
+        self.scheduler.reset()
+        self.executor.reset()
+
+    # ---- requests ----
+
+    def _make_sequences(self, prompts: Items[Prompt], params: Items[SamplingParams]) -> list[Sequence]:
+        """Check all requests, then make a sequence of each."""
+        for index, one in enumerate(params):
+            if not isinstance(one, SamplingParams):
+                raise TypeError(f"sampling_params of prompt {index} must be SamplingParams, got {type(one).__name__}")
+        token_ids = tokenize(prompts, self.tokenizer, self.vocab_size)
+        for index, (tokens, one) in enumerate(zip(token_ids, params, strict=True)):
+            self._check_length(index, len(tokens), one)
+        return [
+            Sequence(
+                seq_id=next(self._seq_ids),
+                token_ids=tokens,
+                sampling_params=one,
+                seed=self._seed_source.randint(0, MAX_SEED) if one.seed is None else one.seed,
+                max_total_tokens=self._max_total_tokens(len(tokens), one),
+            )
+            for tokens, one in zip(token_ids, params, strict=True)
+        ]
+
+    def _check_length(self, index: int, num_prompt_tokens: int, params: SamplingParams) -> None:
+        if num_prompt_tokens >= self.max_model_len:
+            raise ValueError(
+                f"prompt {index} has {num_prompt_tokens} tokens; with max_model_len={self.max_model_len} a prompt has at "
+                f"most {self.max_model_len - 1}. Shorten it or raise max_model_len"
+            )
+        manager = self.scheduler.block_manager
+        # The last token is sampled but never computed, so it needs no place in the cache.
+        needed = manager.num_blocks_for(self._max_total_tokens(num_prompt_tokens, params) - 1)
+        if needed > manager.num_blocks:
+            raise ValueError(
+                f"prompt {index} with {num_prompt_tokens} tokens and max_tokens={params.max_tokens} needs {needed} KV "
+                f"blocks of {manager.block_size} tokens; the cache has {manager.num_blocks}. Lower max_tokens, or raise "
+                f"num_kvcache_blocks or the memory for the KV cache"
+            )
+
+    def _max_total_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:
+        return min(num_prompt_tokens + params.max_tokens, self.max_model_len)
+
+    # ---- the end ----
+
+    def exit(self) -> None:
+        """Drop all requests and give back the memory. May be called twice; afterwards nothing can be generated."""
+        self.scheduler.reset()
+        self.executor.exit()
+
+
+def choose_max_model_len(config: EngineConfig, model_config: ModelConfig) -> int:
+    """The longest sequence to run: as configured, but no longer than the model was made for.
+
+    Raises:
+        ValueError: longer than a sliding window, which is not implemented.
+    """
+    longest = model_config.rope.max_positions
+    wanted = config.max_model_len or min(DEFAULT_MAX_MODEL_LEN, longest)
+    if wanted > longest:
+        logger.warning("max_model_len=%d is reduced to %d, the positions that the model was made for", wanted, longest)
+    window = model_config.sliding_window
+    if window is not None and min(wanted, longest) > window:
+        raise ValueError(
+            f"the checkpoint has sliding_window={window}, which is not supported beyond its size; "
+            f"max_model_len is {min(wanted, longest)}: set it to {window} at most"
+        )
+    return min(wanted, longest)

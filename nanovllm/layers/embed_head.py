@@ -1,0 +1,41 @@
+"""The token embedding and the language-model head, their vocabulary divided among the ranks."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanovllm.utils.loader import CheckpointTensor, copy_slice
+from nanovllm.utils.ranks import Ranks
+
+
+class VocabParallelEmbedding(nn.Module):
+    """A table of token embeddings; each rank has a consecutive part of the vocabulary."""
+
+    parts = ("",)
+
+    def __init__(self, vocab_size: int, hidden_size: int, ranks: Ranks) -> None:
+        super().__init__()
+        self.ranks = ranks
+        self.shard_size = ranks.shard(vocab_size, "vocab_size")
+        self.weight = nn.Parameter(torch.empty(self.shard_size, hidden_size))
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """int64 [num_tokens] -> [num_tokens, hidden_size]."""
+        if self.ranks.size == 1:
+            return F.embedding(token_ids, self.weight)
+        local = token_ids - self.ranks.rank * self.shard_size
+        mine = (local >= 0) & (local < self.shard_size)
+        embedded = F.embedding(local.where(mine, 0), self.weight) * mine.unsqueeze(-1)
+        return self.ranks.all_reduce(embedded)
+
+    def load_part(self, name: str, tensor: CheckpointTensor, part: str) -> None:
+        """See `LoadsParts`."""
+        copy_slice(self.weight, tensor, dim=0, rank=self.ranks.rank, num_ranks=self.ranks.size)
+
+
+class ParallelLMHead(VocabParallelEmbedding):
+    """The projection from hidden states to logits; its weight is laid out, and may be shared, as the embedding's."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[num_rows, hidden_size] -> logits [num_rows, vocab_size]."""
+        return self.ranks.gather_last_dim(F.linear(hidden_states, self.weight))

@@ -1,0 +1,1 @@
+"""What the rest of the package leans on: checkpoints, loading, the forward context, ranks, memory."""

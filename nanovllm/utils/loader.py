@@ -1,0 +1,152 @@
+"""Safetensors -> parameters: every parameter exactly once, or an error that names the tensor and the file.
+
+A model is built on the meta device, given uninitialised memory by `materialize`, and filled by `load_weights` tensor by
+tensor, so that loading needs the memory of the weights and of one tensor, and no time for values that are overwritten.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class CheckpointTensor(Protocol):
+    """A tensor in a safetensors file, read when it is sliced."""
+
+    def get_shape(self) -> list[int]:
+        """Its size in each dimension."""
+
+    def __getitem__(self, key: Any) -> Tensor: ...
+
+
+@runtime_checkable
+class LoadsParts(Protocol):
+    """A layer whose parameters are not plain copies of checkpoint tensors: merged, or divided among ranks."""
+
+    parts: tuple[str, ...]  # the tensors that make up each parameter; ("",) for one tensor
+
+    def load_part(self, name: str, tensor: CheckpointTensor, part: str) -> None:
+        """Take `part` of the parameter called `name` from a checkpoint."""
+
+
+class CheckpointModule(nn.Module):
+    """A model that can be loaded: its parameters are named as in the checkpoint, apart from those merged."""
+
+    merged: ClassVar[dict[str, tuple[str, str]]] = {}  # name of a checkpoint's module -> (our module, part)
+    tied: tuple[str, ...] = ()  # tensors that are shared with another; a checkpoint may repeat them
+
+
+def materialize(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Replace the model's meta parameters by uninitialised ones; shared parameters stay shared."""
+    replaced: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if parameter not in replaced:
+                memory = torch.empty(parameter.shape, dtype=dtype, device=device)
+                replaced[parameter] = nn.Parameter(memory, requires_grad=False)
+            module._parameters[name] = replaced[parameter]
+
+
+def load_weights(model: CheckpointModule, folder: Path) -> None:
+    """Fill all parameters of a materialized model from a checkpoint folder.
+
+    Raises:
+        FileNotFoundError: no safetensors files, or one that the index names is missing.
+        ValueError: a tensor that is missing, unknown, given twice or of the wrong shape, or a file that cannot be read.
+    """
+    missing = _expected_parts(model)
+    parameters = dict(model.named_parameters())
+    loaded: dict[tuple[str, str], str] = {}
+    for file in checkpoint_files(folder):
+        for tensor_name, tensor in _tensors_of(file):
+            if tensor_name in model.tied or tensor_name.endswith("rotary_emb.inv_freq"):
+                continue
+            target = _target_of(model, tensor_name)
+            if target in loaded:
+                raise ValueError(f"tensor {tensor_name} is in {file} and in {loaded[target]}")
+            if target not in missing:
+                raise ValueError(f"tensor {tensor_name} in {file} is unknown to this architecture")
+            try:
+                _load_one(model, parameters[target[0]], target, tensor)
+            except ValueError as error:
+                raise ValueError(f"tensor {tensor_name} in {file}: {error}") from None
+            loaded[target] = str(file)
+            missing.discard(target)
+    if missing:
+        names = sorted(f"{name} ({part})" if part else name for name, part in missing)
+        raise ValueError(f"{folder} lacks {len(names)} tensors that the config asks for: {', '.join(names[:8])}")
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: those of the index, else the single file, else all."""
+    if (folder / INDEX).exists():
+        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        files = [folder / name for name in sorted(set(weight_map.values()))]
+        for file in files:
+            if not file.exists():
+                raise FileNotFoundError(f"{file} is named in {INDEX} but is not there: download it")
+        return files
+    files = [folder / SINGLE] if (folder / SINGLE).exists() else sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder} has no *.safetensors file; other formats, such as *.bin, are not loaded")
+    return files
+
+
+def copy_slice(target: Tensor, tensor: CheckpointTensor, dim: int = 0, rank: int = 0, num_ranks: int = 1) -> None:
+    """Copy the rank's part of `tensor`, divided along `dim`, to `target`. Nothing else of it is read.
+
+    Raises:
+        ValueError: the shape is not the ranks' `target`s together.
+    """
+    expected = list(target.shape)
+    expected[dim] *= num_ranks
+    if tensor.get_shape() != expected:
+        raise ValueError(f"has shape {tensor.get_shape()}, the config asks for {expected}")
+    size = target.shape[dim]
+    mine = slice(rank * size, (rank + 1) * size)
+    target.copy_(tensor[mine] if dim == 0 else tensor[:, mine])
+
+
+def _expected_parts(model: CheckpointModule) -> set[tuple[str, str]]:
+    expected = set()
+    for name, _ in model.named_parameters():
+        layer = model.get_submodule(name.rpartition(".")[0])
+        expected |= {(name, part) for part in (layer.parts if isinstance(layer, LoadsParts) else ("",))}
+    return expected
+
+
+def _target_of(model: CheckpointModule, tensor_name: str) -> tuple[str, str]:
+    """The parameter, and the part of it, that a checkpoint's tensor belongs to."""
+    path, _, name = tensor_name.rpartition(".")
+    parent, _, module = path.rpartition(".")
+    if module not in model.merged:
+        return tensor_name, ""
+    merged_module, part = model.merged[module]
+    return f"{parent}.{merged_module}.{name}", part
+
+
+def _load_one(model: CheckpointModule, parameter: nn.Parameter, target: tuple[str, str], tensor: CheckpointTensor) -> None:
+    path, _, name = target[0].rpartition(".")
+    layer = model.get_submodule(path)
+    if isinstance(layer, LoadsParts):
+        layer.load_part(name, tensor, target[1])
+    else:
+        copy_slice(parameter, tensor)
+
+
+def _tensors_of(file: Path) -> Iterator[tuple[str, CheckpointTensor]]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                yield name, opened.get_slice(name)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a readable safetensors file: {error}") from error

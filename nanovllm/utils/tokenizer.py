@@ -1,0 +1,68 @@
+"""The tokenizer and the end-of-sequence tokens of a checkpoint, and the way from prompts to token ids."""
+
+import json
+from collections.abc import Sequence
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+Prompt = str | Sequence[int]
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The checkpoint's tokenizer; None when the folder has none, so that token ids in and out still work."""
+    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        return None
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return tokenizer
+
+
+def load_eos_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
+    """Every token that ends a sequence: those of generation_config.json, else of config.json, and the tokenizer's."""
+    eos: Any = None
+    for name in ("generation_config.json", "config.json"):
+        if eos is None and (folder / name).exists():
+            eos = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+    token_ids = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        token_ids.add(tokenizer.eos_token_id)
+    return frozenset(token_ids)
+
+
+def tokenize(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> list[list[int]]:
+    """The token ids of prompts that are strings or token ids; the strings are tokenized in one call.
+
+    Raises:
+        TypeError, ValueError: a prompt that is neither, is empty, or has a token outside the vocabulary; with its index.
+    """
+    texts: dict[int, str] = {index: prompt for index, prompt in enumerate(prompts) if isinstance(prompt, str)}
+    if texts and tokenizer is None:
+        raise ValueError(f"prompt {next(iter(texts))} is text, but the checkpoint has no tokenizer: give token ids")
+    encoded: dict[int, list[int]] = {}
+    if texts and tokenizer is not None:
+        encoded = dict(zip(texts, tokenizer(list(texts.values()))["input_ids"], strict=True))
+    result = []
+    for index, prompt in enumerate(prompts):
+        token_ids = encoded[index] if index in encoded else _check_types(index, prompt)
+        if not token_ids:
+            raise ValueError(f"prompt {index} is empty: it needs at least one token")
+        if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+            wrong = next(token for token in token_ids if not 0 <= token < vocab_size)
+            raise ValueError(f"prompt {index} has token {wrong}; the vocabulary is 0 to {vocab_size - 1}")
+        result.append(token_ids)
+    return result
+
+
+def _check_types(index: int, prompt: object) -> list[int]:
+    if not isinstance(prompt, Sequence) or isinstance(prompt, (str, bytes, bytearray)):
+        raise TypeError(f"prompt {index} must be a str or a list of token ids, got {type(prompt).__name__}")
+    if all(type(token) is int for token in prompt):
+        return list(prompt)
+    for token in prompt:
+        if isinstance(token, bool) or not isinstance(token, Integral):
+            raise TypeError(f"prompt {index} must be a str or a list of token ids, it holds {token!r}")
+    return [int(token) for token in prompt]  # such as numpy's

@@ -1,0 +1,72 @@
+"""What the tests share: tiny random checkpoints, made once a session, and the one real model."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from nanovllm.utils.checkpoint import default_model
+
+MODEL_TYPES = {
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen2ForCausalLM": "qwen2",
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+}
+
+CheckpointFactory = Callable[..., Path]
+
+
+def write_checkpoint(folder: Path, architecture: str = "Qwen3ForCausalLM", seed: int = 0, **options: object) -> Path:
+    """A tiny random model in Hugging Face layout, without a tokenizer.
+
+    The weights are drawn wide enough that the two best logits are nearly never within rounding of each other, so that
+    equal tokens can be asked for.
+    """
+    shape: dict[str, object] = {
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 1024,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    if architecture == "MistralForCausalLM":
+        shape["sliding_window"] = None
+    config = AutoConfig.for_model(MODEL_TYPES[architecture], **{**shape, **options})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    for name, parameter in model.named_parameters():  # norms and biases start at 1 and 0, which would hide mistakes
+        if name.endswith(("norm.weight", ".bias")):
+            torch.nn.init.normal_(parameter, mean=float(name.endswith("norm.weight")), std=0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> CheckpointFactory:
+    """Call with the arguments of `write_checkpoint`; equal arguments give the same folder."""
+    made: dict[str, Path] = {}
+
+    def factory(architecture: str = "Qwen3ForCausalLM", seed: int = 0, **options: object) -> Path:
+        key = repr((architecture, seed, sorted(options.items())))
+        if key not in made:
+            made[key] = write_checkpoint(tmp_path_factory.mktemp("checkpoint"), architecture, seed, **options)
+        return made[key]
+
+    return factory
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, the real model that the examples use."""
+    return default_model()
