@@ -63,7 +63,7 @@ class LLM(LLMEngine):
                 seconds = time.perf_counter() - start
                 progress.update(len(result.finished), result.num_prefill_tokens, result.num_decode_tokens, seconds)
         except BaseException:
-            self._drop_requests()
+            self.scheduler.reset()
             raise
         finally:
             progress.close()

@@ -122,39 +122,31 @@ class BlockManager:
         findable_hits = sum(block.ref_count == 0 for block in hits)
         return self.num_blocks_for(len(seq)) - len(hits) + findable_hits <= len(self._free)
 
-    def allocate(self, seq: Sequence, hits: list[Block]) -> None:
-        """Give `seq`, which has no blocks, blocks for all its tokens: the shared `hits`, then new ones."""
+    def allocate(self, seq: Sequence, hits: list[Block]) -> int:
+        """Give `seq`, which has no blocks, blocks for all its tokens: the shared `hits`, then new ones.
+
+        Returns:
+            How many leading tokens need not be computed.
+        """
         assert not seq.block_table, f"sequence {seq.seq_id} already has blocks"
         for block in hits:
             if block.ref_count == 0:
                 del self._free[block.block_id]
             block.ref_count += 1
             seq.block_table.append(block.block_id)
-        seq.num_computed_tokens = len(hits) * self.block_size
         seq.num_published_blocks = len(hits)
         for index in range(len(hits), self.num_blocks_for(len(seq))):
             block = self._take_free_block()
             seq.block_table.append(block.block_id)
             if index < len(seq.block_hashes):
                 self._being_computed.setdefault(seq.block_hashes[index], block)
+        return len(hits) * self.block_size
 
-    def extend(self, seq: Sequence) -> int | None:
-        """Make room for one more token where the blocks of `seq` are full.
-
-        Returns:
-            The id of the block that was added, or None when there was still room.
-
-        The caller sees to it that a block is free when `is_full(seq)`.
-        """
-        if not self.is_full(seq):
-            return None
+    def extend(self, seq: Sequence) -> int:
+        """Add a block, which must be free, to the end of the table of `seq`; its id."""
         block = self._take_free_block()
         seq.block_table.append(block.block_id)
         return block.block_id
-
-    def is_full(self, seq: Sequence) -> bool:
-        """Whether `seq` has more tokens than its blocks can hold."""
-        return len(seq) > len(seq.block_table) * self.block_size
 
     def free(self, seq: Sequence) -> None:
         """Take all blocks from `seq`. Published ones stay findable, the end of the prefix to be reused first."""
@@ -169,7 +161,6 @@ class BlockManager:
                 if block.block_hash is None:
                     self._free.move_to_end(block.block_id, last=False)
         seq.block_table.clear()
-        seq.num_computed_tokens = 0
         seq.num_published_blocks = 0
 
     def _take_free_block(self) -> Block:
@@ -183,9 +174,9 @@ class BlockManager:
 
     # ---- the prefix cache ----
 
-    def publish(self, seq: Sequence) -> None:
+    def publish(self, seq: Sequence, num_computed_tokens: int) -> None:
         """Publish the blocks of `seq` that are full of computed tokens and not yet known."""
-        num_full_blocks = seq.num_computed_tokens // self.block_size
+        num_full_blocks = num_computed_tokens // self.block_size
         if not self.enable_prefix_caching or num_full_blocks == seq.num_published_blocks:
             return
         self._hash_full_blocks(seq)

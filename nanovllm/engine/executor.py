@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from nanovllm.config import EngineConfig
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import ScheduledBatch
@@ -17,11 +20,8 @@ class Executor(Protocol):
     num_kvcache_blocks: int
     max_num_batched_tokens: int
 
-    def execute(self, batch: ScheduledBatch) -> list[int]:
+    def execute(self, batch: ScheduledBatch) -> NDArray[np.int64]:
         """Compute one step; one token for each sequence whose last token was in the batch, in batch order."""
-
-    def reset(self) -> None:
-        """Forget all running sequences."""
 
     def exit(self) -> None:
         """Give back memory and processes. May be called twice."""
@@ -36,19 +36,12 @@ class SingleRankExecutor:
         self.num_kvcache_blocks = self._runner.num_kvcache_blocks
         self.max_num_batched_tokens = self._runner.max_num_batched_tokens
 
-    def execute(self, batch: ScheduledBatch) -> list[int]:
+    def execute(self, batch: ScheduledBatch) -> NDArray[np.int64]:
         """See `Executor.execute`."""
-        return self._live_runner().execute(batch)
-
-    def reset(self) -> None:
-        """See `Executor.reset`."""
-        self._live_runner().reset()
+        if self._runner is None:
+            raise RuntimeError("the engine has exited: make a new LLM")
+        return self._runner.execute(batch)
 
     def exit(self) -> None:
         """See `Executor.exit`."""
         self._runner = None
-
-    def _live_runner(self) -> ModelRunner:
-        if self._runner is None:
-            raise RuntimeError("the engine has exited: make a new LLM")
-        return self._runner

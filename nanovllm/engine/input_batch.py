@@ -1,7 +1,8 @@
 """InputBatch: what one rank knows of the running sequences, and the inputs of a step made of it.
 
-Each running sequence has a row in arrays that are allocated once. A scheduled batch changes them by increments; the inputs
-of a step are then a few array operations, whatever mixture of prefill chunks and decodes it is.
+Each running sequence has a row, chosen by the scheduler, in arrays that are allocated once. A scheduled batch changes them
+by increments; the inputs of a step are then a few array operations, whatever mixture of prefill chunks and decodes it is.
+Nothing needs to be undone when a sequence ends: its row is overwritten by the next that is given it.
 """
 
 from dataclasses import dataclass
@@ -54,21 +55,12 @@ class InputBatch:
         self.temperatures = np.zeros(max_num_seqs, np.float32)
         self.seeds = np.zeros(max_num_seqs, np.uint64)
         self.seq_ids = np.zeros(max_num_seqs, np.int64)
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget all sequences."""
-        self._row_of: dict[int, int] = {}  # sequence id -> row
-        self._free_rows = list(range(len(self.num_tokens)))
 
     def apply(self, batch: ScheduledBatch) -> StepInputs:
         """Take in what changed, and make the inputs of the step."""
-        for seq_id in batch.released:
-            self._free_rows.append(self._row_of.pop(seq_id))
         for started in batch.started:
             self._start(started)
-        for seq_id, block_id in batch.new_blocks:
-            row = self._row_of[seq_id]
+        for row, block_id in batch.new_blocks:
             self.block_tables[row, self.num_blocks[row]] = block_id
             self.num_blocks[row] += 1
         return self._make_inputs(batch)
@@ -84,8 +76,7 @@ class InputBatch:
         self.num_tokens[rows] += 1
 
     def _start(self, started: StartedSequence) -> None:
-        row = self._free_rows.pop()
-        self._row_of[started.seq_id] = row
+        row = started.row
         self.seq_ids[row] = started.seq_id
         self.token_ids[row, : len(started.token_ids)] = started.token_ids
         self.block_tables[row, : len(started.block_table)] = started.block_table
@@ -97,8 +88,7 @@ class InputBatch:
         self.seeds[row] = started.seed
 
     def _make_inputs(self, batch: ScheduledBatch) -> StepInputs:
-        rows = np.array([self._row_of[seq_id] for seq_id in batch.seq_ids], np.int64)
-        seqlens_q = np.array(batch.num_tokens, np.int64)
+        rows, seqlens_q = batch.rows, batch.num_tokens
         begin = self.num_computed_tokens[rows]
         end = begin + seqlens_q  # the context after this step
         cu_seqlens_q = np.zeros(len(rows) + 1, np.int32)

@@ -93,13 +93,9 @@ class LLMEngine:
             token_ids = self.executor.execute(batch)
             finished = self.scheduler.update(batch, token_ids)
         except BaseException:
-            self._drop_requests()
+            self.scheduler.reset()
             raise
         return StepResult(finished, batch.num_prefill_tokens, batch.num_decode_tokens)
-
-    def _drop_requests(self) -> None:
-        self.scheduler.reset()
-        self.executor.reset()
 
     # ---- requests ----
 

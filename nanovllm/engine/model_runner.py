@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nanovllm.attention.backend import AttentionBackend, AttentionSpec, choose_backend
@@ -64,11 +65,11 @@ class ModelRunner:
         logger.info("%s, %s, %d KV blocks of %d", self.device, self.dtype, self.num_kvcache_blocks, self.block_size)
 
     @torch.inference_mode()
-    def execute(self, batch: ScheduledBatch) -> list[int]:
+    def execute(self, batch: ScheduledBatch) -> NDArray[np.int64]:
         """Compute one step.
 
         Returns:
-            One token for each sequence whose last token was in the batch, in batch order.
+            [num_sampled]: one token for each sequence whose last token was in the batch, in batch order.
 
         Raises:
             FloatingPointError: a request's logits are NaN or infinite.
@@ -78,20 +79,15 @@ class ModelRunner:
         with forward_context(context):
             hidden_states = self.model(self._tensor(inputs.input_ids), self._tensor(inputs.positions))
         if len(inputs.sampled_rows) == 0:
-            return []
+            return np.zeros(0, np.int64)
         logits = self.model.compute_logits(hidden_states[self._tensor(inputs.logits_indices)])
         sampled = sample(logits, self._tensor(inputs.temperatures), self._tensor(inputs.uniforms))
-        token_ids = sampled.cpu().numpy()
+        token_ids: NDArray[np.int64] = sampled.cpu().numpy()
         if token_ids.min() < 0:
             seq_id = self.input_batch.seq_ids[inputs.sampled_rows[token_ids.argmin()]]
             raise FloatingPointError(f"the logits of request {seq_id} are NaN or infinite: are the weights sound?")
         self.input_batch.append(inputs.sampled_rows, token_ids)
-        tokens: list[int] = token_ids.tolist()
-        return tokens
-
-    def reset(self) -> None:
-        """Forget all running sequences."""
-        self.input_batch.reset()
+        return token_ids
 
     def _metadata(self, inputs: StepInputs) -> AttentionMetadata:
         return AttentionMetadata(

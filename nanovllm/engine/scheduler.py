@@ -6,21 +6,30 @@ allow. A sequence is admitted with blocks for all its tokens, so only decoding c
 running sequence is preempted: it gives its blocks back, waits again, and later starts from its tokens so far.
 
 The oldest sequence is never preempted for another, and every request is known to fit alone: so some always finishes.
+
+A running sequence has a row: its index in the arrays that say how far it is, here and in the model runners. What happens
+to all sequences in every step is done on the arrays; Python loops only over those to which something special happens.
 """
 
 from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
+
+IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class StartedSequence:
     """A sequence that joins the running ones: all that a model runner needs to know of it."""
 
+    row: int  # what was in this row before has ended
     seq_id: int
     token_ids: tuple[int, ...]  # prompt and, after a preemption, output so far
     num_prompt_tokens: int
@@ -30,15 +39,14 @@ class StartedSequence:
     seed: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ScheduledBatch:
     """One step, as increments to what the model runners know already. To be applied in this order."""
 
-    released: tuple[int, ...]  # ids of sequences that ended or were preempted since the last batch
     started: tuple[StartedSequence, ...]
-    new_blocks: tuple[tuple[int, int], ...]  # (id of a sequence that goes on, block appended to its table)
-    seq_ids: tuple[int, ...]  # the batch, in order of arrival
-    num_tokens: tuple[int, ...]  # tokens to compute of each
+    new_blocks: tuple[tuple[int, int], ...]  # (row of a sequence that goes on, block appended to its table)
+    rows: IntArray  # [num_seqs]: the batch, in order of arrival
+    num_tokens: IntArray  # [num_seqs]: tokens to compute of each, at least 1
     num_prefill_tokens: int  # of these, tokens of prompts and of sequences that start again
     num_decode_tokens: int  # and the others, one for each sequence that decodes
 
@@ -63,76 +71,78 @@ class Scheduler:
         self.block_manager = block_manager
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.eos_token_ids = frozenset(eos_token_ids)
+        self.eos_token_ids = np.array(sorted(eos_token_ids), np.int64)
+        self.num_preemptions = 0
+        # By row:
+        self.num_tokens = np.zeros(max_num_seqs, np.int64)  # prompt and output
+        self.num_computed_tokens = np.zeros(max_num_seqs, np.int64)  # of these, whose K and V are in the cache
+        self.num_prompt_tokens = np.zeros(max_num_seqs, np.int64)
+        self.max_total_tokens = np.zeros(max_num_seqs, np.int64)
+        self.capacity = np.zeros(max_num_seqs, np.int64)  # tokens that the sequence's blocks can hold
+        self.ends_at_eos = np.zeros(max_num_seqs, np.bool_)
+        self.reset()
+
+    def reset(self) -> None:
+        """Drop every request and free every block, after an exception at any point of a step."""
         self.waiting: deque[Sequence] = deque()  # both queues are in order of arrival
         self.running: list[Sequence] = []
-        self.num_preemptions = 0
-        self._released: list[int] = []  # what the next batch has to tell the runners
-        self._scheduled: list[Sequence] = []  # the last batch
+        self._rows = np.zeros(0, np.int64)  # [len(running)]
+        self._free_rows = list(range(self.max_num_seqs))
+        self.block_manager.reset()
 
     def is_finished(self) -> bool:
         """Whether nothing waits and nothing runs."""
         return not self.waiting and not self.running
 
     def add(self, seq: Sequence) -> None:
-        """Queue a sequence. The caller has checked that it can run: see `num_blocks_to_finish`."""
+        """Queue a sequence, of which the caller knows that the KV cache can hold it to its end."""
         self.waiting.append(seq)
-
-    def num_blocks_to_finish(self, seq: Sequence) -> int:
-        """KV blocks that `seq` needs to reach its end; its very last token is never computed."""
-        return self.block_manager.num_blocks_for(seq.max_total_tokens - 1)
-
-    def reset(self) -> None:
-        """Drop every request and free every block, after an exception at any point of a step.
-
-        The runners must be told to forget their sequences too.
-        """
-        self.waiting.clear()
-        self.running.clear()
-        self._released.clear()
-        self._scheduled.clear()
-        self.block_manager.reset()
 
     # ---- before a step ----
 
     def schedule(self) -> ScheduledBatch:
         """Choose the next batch. At least one sequence must be waiting or running."""
-        chosen: list[tuple[Sequence, int]] = []
-        new_blocks: list[tuple[int, int]] = []
-        budget = self.max_num_batched_tokens
         num_running = len(self.running)
-        for seq in self.running:
-            if budget == 0 or not self._make_room(seq, new_blocks):
-                break
-            num_tokens = min(seq.num_uncomputed_tokens, budget)
-            chosen.append((seq, num_tokens))
-            budget -= num_tokens
-        # A sequence that was just preempted would fit again at once, only to be preempted again.
-        started = self._admit(budget) if len(self.running) == num_running else []
-        for seq in started:
-            num_tokens = min(seq.num_uncomputed_tokens, budget)
-            chosen.append((seq, num_tokens))
-            budget -= num_tokens
-        assert chosen, "nothing can run: a request was added that the KV cache cannot hold"
-        return self._make_batch(chosen, started, new_blocks)
+        new_blocks = self._make_room()
+        left = self.num_tokens[self._rows] - self.num_computed_tokens[self._rows]
+        started: list[StartedSequence] = []
+        # One that was just preempted would fit again at once, only to be preempted again.
+        if self.waiting and len(self.running) == num_running:
+            started = self._admit(self.max_num_batched_tokens - int(left.sum()))
+            left = self.num_tokens[self._rows] - self.num_computed_tokens[self._rows]
+        # The oldest first, until the budget is used up: a prefix of the running ones.
+        num_tokens = np.minimum(left, self.max_num_batched_tokens - (np.cumsum(left) - left))
+        size = np.count_nonzero(num_tokens > 0)
+        assert size, "nothing can run: a request was added that the KV cache cannot hold"
+        rows, left, num_tokens = self._rows[:size], left[:size], num_tokens[:size]
+        num_decode = np.count_nonzero((left == 1) & (self.num_tokens[rows] > self.num_prompt_tokens[rows]))
+        return ScheduledBatch(
+            started=tuple(started),
+            new_blocks=tuple(new_blocks),
+            rows=rows,
+            num_tokens=num_tokens,
+            num_prefill_tokens=int(num_tokens.sum()) - num_decode,
+            num_decode_tokens=num_decode,
+        )
 
-    def _make_room(self, seq: Sequence, new_blocks: list[tuple[int, int]]) -> bool:
-        """Give `seq` a block if it needs one, preempting newer sequences; False if it was itself the newest."""
-        if not self.block_manager.is_full(seq):
-            return True
-        while self.block_manager.num_free_blocks == 0:
-            newest = self.running.pop()
-            self._preempt(newest)
-            if newest is seq:
-                return False
-        block_id = self.block_manager.extend(seq)
-        if block_id is not None:
-            new_blocks.append((seq.seq_id, block_id))
-        return True
+    def _make_room(self) -> list[tuple[int, int]]:
+        """Give a block to each running sequence whose blocks are full, preempting the newest where none is free."""
+        new_blocks: list[tuple[int, int]] = []
+        for position in np.flatnonzero(self.num_tokens[self._rows] > self.capacity[self._rows]).tolist():
+            while position < len(self.running) and self.block_manager.num_free_blocks == 0:
+                self._preempt_newest()
+            if position >= len(self.running):
+                break  # it was the newest itself
+            row = int(self._rows[position])
+            new_blocks.append((row, self.block_manager.extend(self.running[position])))
+            self.capacity[row] += self.block_manager.block_size
+        return new_blocks
 
-    def _preempt(self, seq: Sequence) -> None:
+    def _preempt_newest(self) -> None:
+        seq = self.running.pop()
+        self._free_rows.append(int(self._rows[-1]))
+        self._rows = self._rows[:-1]
         self.block_manager.free(seq)
-        self._released.append(seq.seq_id)
         self.num_preemptions += 1
         # Nearly always the front: only sequences that were passed over in `_admit` can be older.
         position = 0
@@ -140,12 +150,12 @@ class Scheduler:
             position += 1
         self.waiting.insert(position, seq)
 
-    def _admit(self, budget: int) -> list[Sequence]:
+    def _admit(self, budget: int) -> list[StartedSequence]:
         """Move waiting sequences to the running ones while there is room; they have their blocks then.
 
         One whose next block is being computed for another sequence is passed over: in a later step it will share it.
         """
-        started: list[Sequence] = []
+        started: list[StartedSequence] = []
         passed_over: list[Sequence] = []
         while self.waiting and budget > 0 and len(self.running) + len(passed_over) < self.max_num_seqs:
             seq = self.waiting[0]
@@ -155,38 +165,44 @@ class Scheduler:
                 continue
             if not self.block_manager.can_allocate(seq, hits):
                 break
-            self.block_manager.allocate(seq, hits)
-            if seq.num_cached_tokens is None:
-                seq.num_cached_tokens = seq.num_computed_tokens
-            self.waiting.popleft()
-            self.running.append(seq)
-            started.append(seq)
-            budget -= min(seq.num_uncomputed_tokens, budget)
+            started.append(self._start(seq, self.block_manager.allocate(seq, hits)))
+            self.running.append(self.waiting.popleft())
+            budget -= len(seq) - started[-1].num_computed_tokens
         self.waiting.extendleft(reversed(passed_over))
+        self._rows = np.append(self._rows, np.array([new.row for new in started], np.int64))
+        if any(new.seq_id < old.seq_id for old, new in zip(self.running, self.running[1:], strict=False)):
+            self._sort_running()  # one that had been passed over is older than some that run
         return started
 
-    def _make_batch(
-        self, chosen: list[tuple[Sequence, int]], started: list[Sequence], new_blocks: list[tuple[int, int]]
-    ) -> ScheduledBatch:
-        num_decode = sum(seq.is_decoding for seq, _ in chosen)
-        if started:  # one that had been passed over may be older than some that run
-            self.running.sort(key=lambda seq: seq.seq_id)
-            chosen.sort(key=lambda item: item[0].seq_id)
-        self._scheduled = [seq for seq, _ in chosen]
-        released, self._released = tuple(self._released), []
-        return ScheduledBatch(
-            released=released,
-            started=tuple(map(_start, started)),
-            new_blocks=tuple(new_blocks),
-            seq_ids=tuple(seq.seq_id for seq, _ in chosen),
-            num_tokens=tuple(num_tokens for _, num_tokens in chosen),
-            num_prefill_tokens=sum(num_tokens for _, num_tokens in chosen) - num_decode,
-            num_decode_tokens=num_decode,
+    def _start(self, seq: Sequence, num_computed_tokens: int) -> StartedSequence:
+        if seq.num_cached_tokens is None:
+            seq.num_cached_tokens = num_computed_tokens
+        row = self._free_rows.pop()
+        self.num_tokens[row] = len(seq)
+        self.num_computed_tokens[row] = num_computed_tokens
+        self.num_prompt_tokens[row] = seq.num_prompt_tokens
+        self.max_total_tokens[row] = seq.max_total_tokens
+        self.capacity[row] = len(seq.block_table) * self.block_manager.block_size
+        self.ends_at_eos[row] = not seq.sampling_params.ignore_eos
+        return StartedSequence(
+            row=row,
+            seq_id=seq.seq_id,
+            token_ids=tuple(seq.token_ids),
+            num_prompt_tokens=seq.num_prompt_tokens,
+            num_computed_tokens=num_computed_tokens,
+            block_table=tuple(seq.block_table),
+            sampling_params=seq.sampling_params,
+            seed=seq.seed,
         )
+
+    def _sort_running(self) -> None:
+        order = sorted(range(len(self.running)), key=lambda position: self.running[position].seq_id)
+        self.running = [self.running[position] for position in order]
+        self._rows = self._rows[order]
 
     # ---- after a step ----
 
-    def update(self, batch: ScheduledBatch, token_ids: list[int]) -> list[Sequence]:
+    def update(self, batch: ScheduledBatch, token_ids: NDArray[np.integer]) -> list[Sequence]:
         """Take in what a step computed.
 
         Args:
@@ -196,38 +212,32 @@ class Scheduler:
         Returns:
             The sequences that finished, their blocks freed.
         """
+        rows, block_size = batch.rows, self.block_manager.block_size
+        before = self.num_computed_tokens[rows]
+        computed = before + batch.num_tokens
+        self.num_computed_tokens[rows] = computed
+        # Positions in the batch are positions in `running`, of which it is a prefix.
+        for position in np.flatnonzero(computed // block_size > before // block_size).tolist():
+            self.block_manager.publish(self.running[position], int(computed[position]))
+        sampled = np.flatnonzero(computed == self.num_tokens[rows])
+        assert len(sampled) == len(token_ids), "as many tokens are sampled as sequences had their last token computed"
+        for position, token_id in zip(sampled.tolist(), token_ids.tolist(), strict=True):
+            self.running[position].token_ids.append(token_id)
+        return self._finish(sampled, rows[sampled], token_ids)
+
+    def _finish(self, positions: IntArray, rows: IntArray, token_ids: NDArray[np.integer]) -> list[Sequence]:
+        """End the sequences that sampled `token_ids` and are through."""
+        self.num_tokens[rows] += 1
+        stopped = np.isin(token_ids, self.eos_token_ids) & self.ends_at_eos[rows]
+        ended = np.flatnonzero(stopped | (self.num_tokens[rows] >= self.max_total_tokens[rows]))
         finished: list[Sequence] = []
-        sampled = iter(token_ids)
-        for seq, num_tokens in zip(self._scheduled, batch.num_tokens, strict=True):
-            seq.num_computed_tokens += num_tokens
-            self.block_manager.publish(seq)
-            if seq.num_uncomputed_tokens == 0:
-                self._append(seq, next(sampled))
-                if seq.finish_reason is not None:
-                    finished.append(seq)
-        assert next(sampled, None) is None, "more tokens were sampled than sequences had their last token computed"
-        for seq in finished:
+        for index in ended.tolist():
+            seq = self.running[positions[index]]
+            seq.finish_reason = "stop" if stopped[index] else "length"
             self.block_manager.free(seq)
-            self._released.append(seq.seq_id)
+            finished.append(seq)
         if finished:
+            self._free_rows.extend(rows[ended].tolist())
+            self._rows = np.delete(self._rows, positions[ended])
             self.running = [seq for seq in self.running if seq.finish_reason is None]
         return finished
-
-    def _append(self, seq: Sequence, token_id: int) -> None:
-        seq.token_ids.append(token_id)
-        if token_id in self.eos_token_ids and not seq.sampling_params.ignore_eos:
-            seq.finish_reason = "stop"
-        elif len(seq) >= seq.max_total_tokens:
-            seq.finish_reason = "length"
-
-
-def _start(seq: Sequence) -> StartedSequence:
-    return StartedSequence(
-        seq_id=seq.seq_id,
-        token_ids=tuple(seq.token_ids),
-        num_prompt_tokens=seq.num_prompt_tokens,
-        num_computed_tokens=seq.num_computed_tokens,
-        block_table=tuple(seq.block_table),
-        sampling_params=seq.sampling_params,
-        seed=seq.seed,
-    )

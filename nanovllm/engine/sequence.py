@@ -1,7 +1,7 @@
-"""One request: its tokens, its KV blocks, its progress.
+"""One request: its tokens, its KV blocks, how it ended.
 
-A `Sequence` is data that others change: `Scheduler` moves it through its life and appends tokens, `BlockManager` alone
-writes `block_table`, `block_hashes` and `num_published_blocks`.
+A `Sequence` is data that others change: `Scheduler` appends tokens and ends it, `BlockManager` alone writes `block_table`,
+`block_hashes` and `num_published_blocks`. How far a running sequence has been computed is the scheduler's to know.
 """
 
 from nanovllm.outputs import FinishReason
@@ -25,7 +25,6 @@ class Sequence:
         "finish_reason",
         "max_total_tokens",
         "num_cached_tokens",
-        "num_computed_tokens",
         "num_prompt_tokens",
         "num_published_blocks",
         "sampling_params",
@@ -43,8 +42,7 @@ class Sequence:
         self.sampling_params = sampling_params
         self.seed = seed
         self.max_total_tokens = max_total_tokens
-        self.num_computed_tokens = 0  # tokens whose K and V are in the cache
-        self.num_cached_tokens: int | None = None  # of these, found in the prefix cache at first admission
+        self.num_cached_tokens: int | None = None  # of the prompt, found in the prefix cache at first admission
         self.finish_reason: FinishReason | None = None
         self.block_table: list[int] = []  # KV block ids: block i holds tokens i * block_size and on
         self.block_hashes: list[int] = []  # chained hashes of the full blocks of tokens; survive preemption
@@ -52,16 +50,6 @@ class Sequence:
 
     def __len__(self) -> int:
         return len(self.token_ids)
-
-    @property
-    def num_uncomputed_tokens(self) -> int:
-        """Tokens whose K and V are still to be computed: 1 in decode, more in prefill."""
-        return len(self.token_ids) - self.num_computed_tokens
-
-    @property
-    def is_decoding(self) -> bool:
-        """Whether all that is left to compute is the token that was sampled last."""
-        return self.num_uncomputed_tokens == 1 and len(self.token_ids) > self.num_prompt_tokens
 
     @property
     def completion_token_ids(self) -> list[int]:
