@@ -112,10 +112,10 @@ class Scheduler:
             left = self.num_tokens[self._rows] - self.num_computed_tokens[self._rows]
         # The oldest first, until the budget is used up: a prefix of the running ones.
         num_tokens = np.minimum(left, self.max_num_batched_tokens - (np.cumsum(left) - left))
-        size = np.count_nonzero(num_tokens > 0)
+        size = int(np.count_nonzero(num_tokens > 0))
         assert size, "nothing can run: a request was added that the KV cache cannot hold"
         rows, left, num_tokens = self._rows[:size], left[:size], num_tokens[:size]
-        num_decode = np.count_nonzero((left == 1) & (self.num_tokens[rows] > self.num_prompt_tokens[rows]))
+        num_decode = int(np.count_nonzero((left == 1) & (self.num_tokens[rows] > self.num_prompt_tokens[rows])))
         return ScheduledBatch(
             started=tuple(started),
             new_blocks=tuple(new_blocks),
