@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 import xxhash
 from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -78,7 +79,9 @@ def convert_gguf(file: Path) -> Path:
 
     The folder appears whole or not at all: it is written under another name and then renamed.
     """
-    target = cache_folder() / f"{file.stem}-{_fingerprint(file)}"
+    # Transformers 4 cannot read the tokenizers that Transformers 5 writes: each has its own folder.
+    version = transformers.__version__.split(".")[0]
+    target = cache_folder() / f"{file.stem}-{_fingerprint(file)}-transformers{version}"
     if target.is_dir():
         return target
     logger.warning("converting %s to %s, once", file, target)
@@ -107,7 +110,6 @@ def _write_converted(file: Path, folder: Path) -> None:
     except ImportError:
         pass
     model = AutoModelForCausalLM.from_pretrained(file.parent, **options).to(torch.bfloat16)
-    model.config.dtype = torch.bfloat16
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(folder)

@@ -36,6 +36,9 @@ def load_eos_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase | None) 
 def tokenize(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> list[list[int]]:
     """The token ids of prompts that are strings or token ids; the strings are tokenized in one call.
 
+    A tokenizer that begins every text with a beginning-of-sequence token does not add a second one to a text that has it
+    already, as the output of many chat templates does.
+
     Raises:
         TypeError, ValueError: a prompt that is neither, is empty, or has a token outside the vocabulary; with its index.
     """
@@ -45,6 +48,10 @@ def tokenize(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase | Non
     encoded: dict[int, list[int]] = {}
     if texts and tokenizer is not None:
         encoded = dict(zip(texts, tokenizer(list(texts.values()))["input_ids"], strict=True))
+        bos = tokenizer.bos_token_id
+        for index, text in texts.items():
+            if bos is not None and encoded[index][:2] == [bos, bos] and text.startswith(tokenizer.bos_token):
+                del encoded[index][0]
     result = []
     for index, prompt in enumerate(prompts):
         token_ids = encoded[index] if index in encoded else _check_types(index, prompt)
