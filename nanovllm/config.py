@@ -4,7 +4,6 @@ None means "choose for me"; what is chosen is passed on as a value and never wri
 """
 
 import difflib
-import math
 from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from nanovllm.sampling_params import MAX_SEED, check_int
 
 DEFAULT_MAX_MODEL_LEN = 4096
+MAX_MEMORY_GB = 1e6
 DEFAULT_BATCHED_TOKENS = {"cuda": 16384, "cpu": 2048}  # on a CPU larger matrices are no faster and need more memory
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -74,30 +74,38 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in ("max_num_batched_tokens", "max_model_len", "kvcache_block_size", "num_kvcache_blocks"):
             if getattr(self, name) is not None:
-                check_int(name, getattr(self, name), minimum=1)
-        check_int("max_num_seqs", self.max_num_seqs, minimum=1)
-        check_int("tensor_parallel_size", self.tensor_parallel_size, minimum=1)
+                self._set_int(name, minimum=1)
+        self._set_int("max_num_seqs", minimum=1)
+        self._set_int("tensor_parallel_size", minimum=1)
         if self.tensor_parallel_size > 1:
             raise ValueError(f"tensor_parallel_size must be 1 in this version, got {self.tensor_parallel_size}")
         if self.kvcache_block_size is not None and self.kvcache_block_size % 16:
             raise ValueError(f"kvcache_block_size must be a multiple of 16, got {self.kvcache_block_size}")
         if self.seed is not None:
-            check_int("seed", self.seed, minimum=0, maximum=MAX_SEED)
+            self._set_int("seed", minimum=0, maximum=MAX_SEED)
         for name in ("enforce_eager", "enable_prefix_caching"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         _check_positive("gpu_memory_utilization", self.gpu_memory_utilization, maximum=1.0)
         if self.kvcache_memory_gb is not None:
-            _check_positive("kvcache_memory_gb", self.kvcache_memory_gb)
+            _check_positive("kvcache_memory_gb", self.kvcache_memory_gb, maximum=MAX_MEMORY_GB)
+        for name in ("device", "attention_backend"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name} must be a str, got {getattr(self, name)!r}")
+        if not isinstance(self.dtype, (str, torch.dtype)):
+            raise TypeError(f"dtype must be a str or a torch dtype, got {self.dtype!r}")
         if not isinstance(self.dtype, torch.dtype) and self.dtype not in ("auto", *DTYPES):
             raise ValueError(f"dtype must be 'auto' or one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if isinstance(self.dtype, torch.dtype) and self.dtype not in DTYPES.values():
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype}")
 
+    def _set_int(self, name: str, minimum: int, maximum: int | None = None) -> None:
+        """Check, and make numpy's integers, which overflow, Python's."""
+        object.__setattr__(self, name, check_int(name, getattr(self, name), minimum, maximum))
 
-def _check_positive(name: str, value: object, maximum: float = math.inf) -> None:
+
+def _check_positive(name: str, value: object, maximum: float) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (math.isfinite(value) and 0 < float(value) <= maximum):
-        limit = "" if maximum == math.inf else f" and at most {maximum}"
-        raise ValueError(f"{name} must be above 0{limit}, got {value}")
+    if not 0.0 < value <= maximum:  # type: ignore[operator]  # NaN fails every comparison
+        raise ValueError(f"{name} must be above 0 and at most {maximum:g}, got {value}")

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence as Items
+from contextlib import closing
 
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.sequence import Sequence
@@ -53,8 +54,7 @@ class LLM(LLMEngine):
         return self._make_outputs(sequences)
 
     def _run(self, sequences: list[Sequence], use_tqdm: bool) -> None:
-        progress = Progress(len(sequences), use_tqdm)
-        try:
+        with self._clean_after_exceptions(), closing(Progress(len(sequences), use_tqdm)) as progress:
             for seq in sequences:
                 self.scheduler.add(seq)
             while not self.is_finished():
@@ -62,11 +62,6 @@ class LLM(LLMEngine):
                 result = self._run_step()
                 seconds = time.perf_counter() - start
                 progress.update(len(result.finished), result.num_prefill_tokens, result.num_decode_tokens, seconds)
-        except BaseException:
-            self.scheduler.reset()
-            raise
-        finally:
-            progress.close()
 
     def _make_outputs(self, sequences: list[Sequence]) -> list[RequestOutput]:
         completions = [seq.completion_token_ids for seq in sequences]

@@ -1,10 +1,10 @@
 """SamplingParams: how one request is continued. Validated once, then frozen."""
 
-import math
 from dataclasses import dataclass
 from numbers import Integral, Real
 
 MAX_SEED = 2**63 - 1
+MAX_TEMPERATURE = 1e30  # beyond it float32, in which it is used, comes to its end
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,17 +31,18 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.temperature, bool) or not isinstance(self.temperature, Real):
             raise TypeError(f"temperature must be a number, got {self.temperature!r}")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature must be finite and at least 0 (0 is greedy), got {self.temperature!r}")
-        check_int("max_tokens", self.max_tokens, minimum=1)
+        if not 0 <= self.temperature <= MAX_TEMPERATURE:  # NaN fails every comparison
+            limits = f"finite, at least 0 (greedy) and at most {MAX_TEMPERATURE:g}"
+            raise ValueError(f"temperature must be {limits}, got {self.temperature!r}")
+        object.__setattr__(self, "max_tokens", check_int("max_tokens", self.max_tokens, minimum=1))
         if not isinstance(self.ignore_eos, bool):
             raise TypeError(f"ignore_eos must be True or False, got {self.ignore_eos!r}")
         if self.seed is not None:
-            check_int("seed", self.seed, minimum=0, maximum=MAX_SEED)
+            object.__setattr__(self, "seed", check_int("seed", self.seed, minimum=0, maximum=MAX_SEED))
 
 
-def check_int(name: str, value: object, minimum: int, maximum: int | None = None) -> None:
-    """Raise unless `value` is an integer (not a bool) from `minimum` to `maximum`, both included."""
+def check_int(name: str, value: object, minimum: int, maximum: int | None = None) -> int:
+    """`value` as an int; raise unless it is an integer (numpy's too, not a bool) from `minimum` to `maximum`, included."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     number = int(value)
@@ -49,3 +50,4 @@ def check_int(name: str, value: object, minimum: int, maximum: int | None = None
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
     if maximum is not None and number > maximum:
         raise ValueError(f"{name} must be at most {maximum}, got {value}")
+    return number

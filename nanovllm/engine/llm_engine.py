@@ -3,7 +3,9 @@
 import itertools
 import logging
 import os
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
+from contextlib import contextmanager
 from random import Random
 from typing import NamedTuple
 
@@ -52,6 +54,7 @@ class LLMEngine:
             eos_token_ids=load_eos_token_ids(folder, self.tokenizer),
         )
         self._seq_ids = itertools.count()
+        self._exited = False
         self._seed_source = Random(config.seed)
 
     # ---- the loop ----
@@ -78,29 +81,37 @@ class LLMEngine:
         """
         if self.is_finished():
             return [], 0
-        result = self._run_step()
-        outputs = [(seq.seq_id, seq.completion_token_ids) for seq in result.finished]
-        return outputs, result.num_prefill_tokens or -result.num_decode_tokens
+        with self._clean_after_exceptions():
+            result = self._run_step()
+            outputs = [(seq.seq_id, seq.completion_token_ids) for seq in result.finished]
+            return outputs, result.num_prefill_tokens or -result.num_decode_tokens
 
     def is_finished(self) -> bool:
         """Whether no request is waiting or running."""
         return self.scheduler.is_finished()
 
     def _run_step(self) -> StepResult:
-        """Schedule, compute, take in. After any exception no request is left, and the engine can go on."""
+        """Schedule, compute, take in."""
+        batch = self.scheduler.schedule()
+        token_ids = self.executor.execute(batch)
+        finished = self.scheduler.update(batch, token_ids)
+        return StepResult(finished, batch.num_prefill_tokens, batch.num_decode_tokens)
+
+    @contextmanager
+    def _clean_after_exceptions(self) -> Iterator[None]:
+        """After any exception inside, Ctrl-C included, no request is left and all blocks are free: the engine can go on."""
         try:
-            batch = self.scheduler.schedule()
-            token_ids = self.executor.execute(batch)
-            finished = self.scheduler.update(batch, token_ids)
+            yield
         except BaseException:
             self.scheduler.reset()
             raise
-        return StepResult(finished, batch.num_prefill_tokens, batch.num_decode_tokens)
 
     # ---- requests ----
 
     def _make_sequences(self, prompts: Items[Prompt], params: Items[SamplingParams]) -> list[Sequence]:
         """Check all requests, then make a sequence of each."""
+        if self._exited:
+            raise RuntimeError("the engine has exited: make a new LLM")
         for index, one in enumerate(params):
             if not isinstance(one, SamplingParams):
                 raise TypeError(f"sampling_params of prompt {index} must be SamplingParams, got {type(one).__name__}")
@@ -141,6 +152,7 @@ class LLMEngine:
 
     def exit(self) -> None:
         """Drop all requests and give back the memory. May be called twice; afterwards nothing can be generated."""
+        self._exited = True
         self.scheduler.reset()
         self.executor.exit()
 

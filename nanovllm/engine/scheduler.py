@@ -102,19 +102,22 @@ class Scheduler:
 
     def schedule(self) -> ScheduledBatch:
         """Choose the next batch. At least one sequence must be waiting or running."""
-        num_running = len(self.running)
-        new_blocks = self._make_room()
-        left = self.num_tokens[self._rows] - self.num_computed_tokens[self._rows]
+        num_tokens = self._share(self._rows, self.max_num_batched_tokens)
+        new_blocks = self._make_room(num_tokens)
         started: list[StartedSequence] = []
         # One that was just preempted would fit again at once, only to be preempted again.
-        if self.waiting and len(self.running) == num_running:
-            started = self._admit(self.max_num_batched_tokens - int(left.sum()))
-            left = self.num_tokens[self._rows] - self.num_computed_tokens[self._rows]
-        # The oldest first, until the budget is used up: a prefix of the running ones.
-        num_tokens = np.minimum(left, self.max_num_batched_tokens - (np.cumsum(left) - left))
-        size = int(np.count_nonzero(num_tokens > 0))
+        preempted = len(self.running) < len(num_tokens)
+        num_tokens = num_tokens[: len(self.running)]
+        budget = self.max_num_batched_tokens - int(num_tokens.sum())
+        if self.waiting and budget and not preempted:
+            started = self._admit(budget)
+            num_tokens = np.append(num_tokens, self._share(self._rows[len(num_tokens) :], budget))
+            num_tokens = num_tokens[self._sort_running()]
+        # Where the budget is used up the newest get nothing: the batch is a prefix of the running ones.
+        size = int(np.count_nonzero(num_tokens))
         assert size, "nothing can run: a request was added that the KV cache cannot hold"
-        rows, left, num_tokens = self._rows[:size], left[:size], num_tokens[:size]
+        rows, num_tokens = self._rows[:size], num_tokens[:size]
+        left = self.num_tokens[rows] - self.num_computed_tokens[rows]
         num_decode = int(np.count_nonzero((left == 1) & (self.num_tokens[rows] > self.num_prompt_tokens[rows])))
         return ScheduledBatch(
             started=tuple(started),
@@ -125,10 +128,19 @@ class Scheduler:
             num_decode_tokens=num_decode,
         )
 
-    def _make_room(self) -> list[tuple[int, int]]:
-        """Give a block to each running sequence whose blocks are full, preempting the newest where none is free."""
+    def _share(self, rows: IntArray, budget: int) -> IntArray:
+        """[len(rows)]: how many tokens of each to compute, the first of them first, until the budget is used up."""
+        left = self.num_tokens[rows] - self.num_computed_tokens[rows]
+        return np.clip(budget - (np.cumsum(left) - left), 0, left)
+
+    def _make_room(self, num_tokens: IntArray) -> list[tuple[int, int]]:
+        """Give a block to each sequence that will run and whose blocks are full, preempting the newest where none is free.
+
+        num_tokens: [len(running)], to compute of each.
+        """
         new_blocks: list[tuple[int, int]] = []
-        for position in np.flatnonzero(self.num_tokens[self._rows] > self.capacity[self._rows]).tolist():
+        full = (num_tokens > 0) & (self.num_tokens[self._rows] > self.capacity[self._rows])
+        for position in np.flatnonzero(full).tolist():
             while position < len(self.running) and self.block_manager.num_free_blocks == 0:
                 self._preempt_newest()
             if position >= len(self.running):
@@ -170,8 +182,6 @@ class Scheduler:
             budget -= len(seq) - started[-1].num_computed_tokens
         self.waiting.extendleft(reversed(passed_over))
         self._rows = np.append(self._rows, np.array([new.row for new in started], np.int64))
-        if any(new.seq_id < old.seq_id for old, new in zip(self.running, self.running[1:], strict=False)):
-            self._sort_running()  # one that had been passed over is older than some that run
         return started
 
     def _start(self, seq: Sequence, num_computed_tokens: int) -> StartedSequence:
@@ -195,10 +205,16 @@ class Scheduler:
             seed=seq.seed,
         )
 
-    def _sort_running(self) -> None:
+    def _sort_running(self) -> list[int]:
+        """Restore the order of arrival: one that had been passed over may be older than some that run.
+
+        Returns:
+            The old position of each.
+        """
         order = sorted(range(len(self.running)), key=lambda position: self.running[position].seq_id)
         self.running = [self.running[position] for position in order]
         self._rows = self._rows[order]
+        return order
 
     # ---- after a step ----
 

@@ -40,5 +40,5 @@ def load_model_config(folder: Path) -> ModelConfig:
         architecture = (json.loads(path.read_text(encoding="utf-8")).get("architectures") or ["none"])[0]
         get_model_class(architecture)  # first: Transformers may not know the model at all
         return read_model_config(AutoConfig.from_pretrained(folder, trust_remote_code=False), architecture)
-    except (ValueError, AttributeError, TypeError) as error:
+    except Exception as error:  # Transformers' own checks raise of many types
         raise ValueError(f"{path}: {error}") from error

@@ -13,6 +13,8 @@ import torch
 from nanovllm.config import DTYPES
 from nanovllm.layers.rotary_embedding import ROPE_KINDS, RopeConfig
 
+_NEEDED_ROPE_OPTIONS = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
@@ -87,11 +89,12 @@ def _read_rope(hf_config: Any) -> RopeConfig:
     kind = kind or old_kind or "default"
     if kind not in ROPE_KINDS:
         raise ValueError(f"rope_type {kind!r} is not supported; {', '.join(sorted(ROPE_KINDS))} are")
-    rotated = options.pop("partial_rotary_factor", None) or getattr(hf_config, "partial_rotary_factor", None)
-    if rotated not in (None, 1.0):
-        raise ValueError(f"partial_rotary_factor {rotated} is not supported; 1.0 is")
-    if kind == "linear" and "factor" not in options:
-        raise ValueError("rope_type 'linear' needs a factor")
+    for rotated in (options.pop("partial_rotary_factor", None), getattr(hf_config, "partial_rotary_factor", None)):
+        if rotated not in (None, 1.0):
+            raise ValueError(f"partial_rotary_factor {rotated} is not supported; 1.0 is")
+    for name in _NEEDED_ROPE_OPTIONS.get(kind, ()):
+        if options.get(name) is None:
+            raise ValueError(f"rope_type {kind!r} needs {name}")
     return RopeConfig(kind, float(theta), options, hf_config.max_position_embeddings)
 
 

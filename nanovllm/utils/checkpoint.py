@@ -37,14 +37,18 @@ def resolve_checkpoint(model: str | os.PathLike[str]) -> Path:
     if path.is_file() and path.suffix == ".gguf":
         return convert_gguf(path)
     if path.is_dir():
-        if not (path / "config.json").exists():
-            raise FileNotFoundError(f"model folder {path} has no config.json: is it a checkpoint in Hugging Face layout?")
-        return path
+        return _check_folder(path)
     if path.exists():
         raise FileNotFoundError(f"model {path} is a file; give a checkpoint's folder, a .gguf file or a hub id")
     if path.suffix == ".gguf" or not _HUB_ID.fullmatch(name):
         raise FileNotFoundError(f"model {path} does not exist; give a checkpoint's folder, a .gguf file or a hub id")
-    return _download(name)
+    return _check_folder(_download(name))
+
+
+def _check_folder(folder: Path) -> Path:
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"model folder {folder} has no config.json: is it a checkpoint in Hugging Face layout?")
+    return folder
 
 
 def _download(hub_id: str) -> Path:

@@ -43,11 +43,12 @@ _current: ContextVar[ForwardContext | None] = ContextVar("nanovllm_forward_conte
 @contextmanager
 def forward_context(context: ForwardContext) -> Iterator[None]:
     """Make `context` the current one inside the `with` block."""
-    token = _current.set(context)
-    try:
+    before = _current.get()
+    try:  # before it is set: an interrupt can come between any two lines
+        _current.set(context)
         yield
     finally:
-        _current.reset(token)
+        _current.set(before)
 
 
 def get_forward_context() -> ForwardContext:

@@ -1,6 +1,7 @@
 """The choice of device and dtype."""
 
 import logging
+import re
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.split(":")[0] not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {name!r}")
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+DTYPES = ("F64", "F32", "BF16", "F16")  # as safetensors names them
 
 
 class CheckpointTensor(Protocol):
@@ -22,6 +23,9 @@ class CheckpointTensor(Protocol):
 
     def get_shape(self) -> list[int]:
         """Its size in each dimension."""
+
+    def get_dtype(self) -> str:
+        """Its dtype as safetensors names it."""
 
     def __getitem__(self, key: Any) -> Tensor: ...
 
@@ -89,8 +93,11 @@ def load_weights(model: CheckpointModule, folder: Path) -> None:
 def checkpoint_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint: those of the index, else the single file, else all."""
     if (folder / INDEX).exists():
-        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        files = [folder / name for name in sorted(set(weight_map.values()))]
+        try:
+            weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            files = [folder / name for name in sorted(set(weight_map.values()))]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder / INDEX} is not an index of safetensors files: {error!r}") from error
         for file in files:
             if not file.exists():
                 raise FileNotFoundError(f"{file} is named in {INDEX} but is not there: download it")
@@ -135,6 +142,8 @@ def _target_of(model: CheckpointModule, tensor_name: str) -> tuple[str, str]:
 
 
 def _load_one(model: CheckpointModule, parameter: nn.Parameter, target: tuple[str, str], tensor: CheckpointTensor) -> None:
+    if tensor.get_dtype() not in DTYPES:
+        raise ValueError(f"has dtype {tensor.get_dtype()}; {', '.join(DTYPES)} are weights, others are quantised")
     path, _, name = target[0].rpartition(".")
     layer = model.get_submodule(path)
     if isinstance(layer, LoadsParts):

@@ -1,10 +1,10 @@
 """The tokenizer and the end-of-sequence tokens of a checkpoint, and the way from prompts to token ids."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -23,14 +23,24 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 
 def load_eos_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
     """Every token that ends a sequence: those of generation_config.json, else of config.json, and the tokenizer's."""
-    eos: Any = None
+    token_ids: set[int] = set()
     for name in ("generation_config.json", "config.json"):
-        if eos is None and (folder / name).exists():
-            eos = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
-    token_ids = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+        if not token_ids and (folder / name).exists():
+            token_ids |= _read_eos(folder / name)
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         token_ids.add(tokenizer.eos_token_id)
     return frozenset(token_ids)
+
+
+def _read_eos(file: Path) -> set[int]:
+    try:
+        eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} is not a config: {error}") from error
+    token_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    if not all(isinstance(token, int) for token in token_ids):
+        raise ValueError(f"{file}: eos_token_id must be a token id or a list of them, got {eos!r}")
+    return set(token_ids)
 
 
 def tokenize(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> list[list[int]]:
@@ -47,11 +57,12 @@ def tokenize(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase | Non
         raise ValueError(f"prompt {next(iter(texts))} is text, but the checkpoint has no tokenizer: give token ids")
     encoded: dict[int, list[int]] = {}
     if texts and tokenizer is not None:
+        _check_encodable(texts)
         encoded = dict(zip(texts, tokenizer(list(texts.values()))["input_ids"], strict=True))
-        bos = tokenizer.bos_token_id
-        for index, text in texts.items():
-            if bos is not None and encoded[index][:2] == [bos, bos] and text.startswith(tokenizer.bos_token):
-                del encoded[index][0]
+        if tokenizer.bos_token is not None:
+            for index, text in texts.items():
+                if text.startswith(tokenizer.bos_token):
+                    _drop_second_bos(encoded[index], text, tokenizer)
     result = []
     for index, prompt in enumerate(prompts):
         token_ids = encoded[index] if index in encoded else _check_types(index, prompt)
@@ -62,6 +73,23 @@ def tokenize(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase | Non
             raise ValueError(f"prompt {index} has token {wrong}; the vocabulary is 0 to {vocab_size - 1}")
         result.append(token_ids)
     return result
+
+
+def _check_encodable(texts: dict[int, str]) -> None:
+    for index, text in texts.items():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"prompt {index} is no valid text: {error}") from error
+
+
+def _drop_second_bos(token_ids: list[int], text: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Drop the first token if it was added to those that `text` itself begins with."""
+    bos: str = tokenizer.bos_token
+    in_text = next(count for count in itertools.count() if not text.startswith(bos, count * len(bos)))
+    in_ids = sum(1 for _ in itertools.takewhile(lambda token: token == tokenizer.bos_token_id, token_ids))
+    if in_ids > in_text:
+        del token_ids[0]
 
 
 def _check_types(index: int, prompt: object) -> list[int]:
