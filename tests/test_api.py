@@ -124,7 +124,7 @@ import nanovllm
 new = {name.split(".")[0] for name in set(sys.modules) - before}
 assert not new & {"flash_attn", "triton", "ray"}, new
 """
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
 
 
 # ---- outputs ----
@@ -441,7 +441,7 @@ for _ in range(2):
     llm.exit()
 """
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}  # glibc would raise it by and by
-    subprocess.run([sys.executable, "-c", script, str(smollm2)], check=True, timeout=120, env=environment)
+    subprocess.run([sys.executable, "-c", script, str(smollm2)], check=True, timeout=300, env=environment)
 
 
 # ---- several engines ----
