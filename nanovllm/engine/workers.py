@@ -16,7 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from nanovllm.utils.mailbox import Mailbox, anonymous_file
 from nanovllm.utils.ranks import Ranks
 
 GRACE = 2.0  # seconds in which ranks that have lost another one, or are through with a step, say so
-_COMMAND = "from nanovllm.engine.worker import main; main()"
+_PROGRAM = Path(__file__).with_name("worker_main.py")
 
 
 class Runner(Protocol):
@@ -60,11 +61,10 @@ class Step:
     batch: ScheduledBatch
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why a worker ends."""
+class Failure(NamedTuple):
+    """Why a worker ended. Pickled, by a process that may not be able to import this class, as a tuple."""
 
-    what: str
+    what: str  # its traceback, or its signal
     lost_peer: bool = False  # a consequence of another rank's failure
     user_error: Exception | None = None  # what rank 0 is to raise in place of a WorkerError
 
@@ -189,7 +189,7 @@ class Workers:
         }
         # Its own session: Ctrl-C in a terminal is for rank 0. And no import of the caller's main module.
         self._processes[rank] = subprocess.Popen(
-            [sys.executable, "-c", _COMMAND, *arguments],
+            [sys.executable, str(_PROGRAM), *arguments],
             stdin=subprocess.DEVNULL,
             env=environment,
             pass_fds=fds,
@@ -199,14 +199,18 @@ class Workers:
         theirs.close()
 
     def _receive_report(self, rank: int) -> Failure | None:
+        process = self._processes[rank]
+        name = f"rank {rank} (process {process.pid})"
         try:
             report = self._pipes[rank].recv_bytes()
-            return pickle.loads(report) if report else None
         except (EOFError, OSError):
-            process = self._processes[rank]
             status = process.wait()  # its pipe is closed only by its end
             how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
-            return Failure(f"rank {rank} (process {process.pid}) {how}")
+            return Failure(f"{name} {how}")
+        if not report:
+            return None
+        failure = Failure(*pickle.loads(report))
+        return failure._replace(what=f"{name} failed:\n{failure.what}")
 
 
 def _abort_after(process: "subprocess.Popen[bytes]", collectives: Collectives) -> None:
