@@ -47,25 +47,26 @@ class HostRunner:
 
 
 def measure_hand_over(size: int, num_seqs: int = 256, num_steps: int = 300) -> dict[str, float]:
-    """Time decode steps of `num_seqs` sequences on rank 0, alone and with `size - 1` workers.
+    """Time decode steps of `num_seqs` sequences.
 
     Returns:
-        Medians in microseconds a step: one rank's own inputs, the same with the hand-over, and the difference.
+        Medians in microseconds a step: how long a rank makes its inputs, how long rank 0 sends before that, and from
+        the step's beginning how long it takes until every rank has its inputs, beyond one rank's own.
     """
     make_runner = partial(HostRunner, num_seqs, PROMPT_LEN + num_steps + WARM_UP)
-    alone = statistics.median(_time_steps(make_runner(Ranks()), None, num_seqs, num_steps))
     workers = Workers()
     try:
         collectives = workers.start(Job(make_runner, torch.device("cpu"), size, num_threads=1))
         workers.settle()
         runner = make_runner(Ranks(0, size, collectives))
-        together = statistics.median(_time_steps(runner, workers, num_seqs, num_steps))
+        send, inputs, all_ready = (1e6 * median for median in _time_steps(runner, workers, num_seqs, num_steps))
     finally:
         workers.close()
-    return {"inputs_us": alone, "inputs_and_hand_over_us": together, "hand_over_us": together - alone}
+    return {"inputs_us": inputs, "rank_0_sends_us": send, "all_ranks_ready_us": all_ready - inputs}
 
 
-def _time_steps(runner: Runner, workers: Workers | None, num_seqs: int, num_steps: int) -> list[float]:
+def _time_steps(runner: Runner, workers: Workers, num_seqs: int, num_steps: int) -> tuple[float, float, float]:
+    """Medians in seconds: rank 0 sends, makes its inputs, and all from sending to the last worker's report."""
     max_len = PROMPT_LEN + num_steps + WARM_UP
     manager = BlockManager(num_seqs * -(-max_len // BLOCK_SIZE), BLOCK_SIZE, enable_prefix_caching=True)
     scheduler = Scheduler(manager, num_seqs, max_num_batched_tokens=num_seqs * PROMPT_LEN)
@@ -73,14 +74,17 @@ def _time_steps(runner: Runner, workers: Workers | None, num_seqs: int, num_step
     for seq_id in range(num_seqs):
         prompt = [rng.randrange(10_000) for _ in range(PROMPT_LEN)]
         scheduler.add(Sequence(seq_id, prompt, SamplingParams(temperature=0.6), seed=seq_id, max_total_tokens=max_len))
-    times: list[float] = []
+    times: list[tuple[float, float, float]] = []
     token_ids = np.zeros(0, np.int64)
     while not scheduler.is_finished():
         batch = scheduler.schedule()
         begin = time.perf_counter()
-        if workers is not None:
-            workers.send(Step(token_ids, batch))
+        workers.send(Step(token_ids, batch))
+        sent = time.perf_counter()
         token_ids = runner.execute(batch)
-        times.append(1e6 * (time.perf_counter() - begin))
+        made = time.perf_counter()
+        workers.settle()
+        times.append((sent - begin, made - sent, time.perf_counter() - begin))
         scheduler.update(batch, token_ids)
-    return times[WARM_UP:]
+    send, inputs, all_ready = (statistics.median(column) for column in zip(*times[WARM_UP:], strict=True))
+    return send, inputs, all_ready
