@@ -36,13 +36,14 @@ class ColumnParallelLinear(ParallelLinear):
 
     Args:
         input_size: columns of the weight.
-        outputs: the name of each projection and this rank's share of its rows.
+        outputs: the name of each projection and its rows, over all ranks; or this rank's share, if it is not an equal one.
         bias: whether each has a bias.
+        ranks: who shares the layer.
     """
 
-    def __init__(self, input_size: int, outputs: Mapping[str, Shard], bias: bool) -> None:
-        self.shards = dict(outputs)
-        self.sizes = [shard.size for shard in outputs.values()]
+    def __init__(self, input_size: int, outputs: Mapping[str, int | Shard], bias: bool, ranks: Ranks) -> None:
+        self.shards = {part: ranks.shard(rows) if isinstance(rows, int) else rows for part, rows in outputs.items()}
+        self.sizes = [shard.size for shard in self.shards.values()]
         super().__init__(input_size, sum(self.sizes), bias)
         self.parts = tuple(outputs)
 

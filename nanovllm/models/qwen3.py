@@ -29,10 +29,10 @@ class Qwen3Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer_index: int, ranks: Ranks) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        q = ranks.shard(config.num_heads * config.head_dim)
+        q_size = config.num_heads * config.head_dim
         kv = ranks.shard_kv(config.num_heads, config.num_kv_heads, config.head_dim)
-        self.qkv_proj = ColumnParallelLinear(config.hidden_size, {"q": q, "k": kv, "v": kv}, config.qkv_bias)
-        self.o_proj = RowParallelLinear(q.total, config.hidden_size, config.o_bias, ranks)
+        self.qkv_proj = ColumnParallelLinear(config.hidden_size, {"q": q_size, "k": kv, "v": kv}, config.qkv_bias, ranks)
+        self.o_proj = RowParallelLinear(q_size, config.hidden_size, config.o_bias, ranks)
         if self.has_qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
@@ -52,8 +52,8 @@ class Qwen3MLP(nn.Module):
 
     def __init__(self, config: ModelConfig, ranks: Ranks) -> None:
         super().__init__()
-        shard = ranks.shard(config.intermediate_size)
-        self.gate_up_proj = ColumnParallelLinear(config.hidden_size, {"gate": shard, "up": shard}, config.mlp_bias)
+        sizes = {"gate": config.intermediate_size, "up": config.intermediate_size}
+        self.gate_up_proj = ColumnParallelLinear(config.hidden_size, sizes, config.mlp_bias, ranks)
         self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, config.mlp_bias, ranks)
         self.activation = SiluAndMul()
 

@@ -83,6 +83,8 @@ class Collectives:
     def close(self) -> None:
         """Leave the group. May be called twice."""
         if self._store_fd is not None:
+            if self.device.type == "cuda":  # else NCCL would take leave of ranks that may have gone
+                self.abort()
             self._group = None  # first: a FileStore opens its path once more when it is destroyed
             os.close(self._store_fd)
             self._store_fd = None

@@ -109,5 +109,5 @@ class Ranks:
             self.collectives.check_peers()
 
     def _connected(self) -> Collectives:
-        assert self.collectives is not None, "ranks that compute together need collectives"
+        assert self.collectives is not None, "collectives of several ranks are not connected"
         return self.collectives
