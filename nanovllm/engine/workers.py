@@ -202,7 +202,7 @@ class Workers:
         arguments = [str(number) for number in (rank, os.getpid(), *fds)]
         environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),  # "" is the current folder
             "OMP_NUM_THREADS": str(job.num_threads),
         }
         # Its own session: Ctrl-C in a terminal is for rank 0. And no import of the caller's main module.

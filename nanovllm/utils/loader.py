@@ -126,7 +126,8 @@ def copy_slice(target: Tensor, tensor: CheckpointTensor, dim: int = 0, shard: Sh
         part = tensor[begin:end] if dim == 0 else tensor[:, begin:end]
         target.narrow(dim, filled, end - begin).copy_(part)
         filled += end - begin
-    target.narrow(dim, filled, target.shape[dim] - filled).zero_()  # padding: adds nothing wherever it is read
+    if filled < target.shape[dim]:
+        target.narrow(dim, filled, target.shape[dim] - filled).zero_()  # padding: adds nothing wherever it is read
 
 
 def _expected_parts(model: CheckpointModule) -> set[tuple[str, str]]:

@@ -70,8 +70,13 @@ class Ranks:
     def shard_kv(self, num_heads: int, num_kv_heads: int, head_dim: int) -> Shard:
         """The share of a K or V projection's outputs: those of `kv_heads`."""
         heads = self.kv_heads(num_heads, num_kv_heads)
-        spans = tuple((head * head_dim, (head + 1) * head_dim) for head in heads)
-        return Shard(num_kv_heads * head_dim, len(heads) * head_dim, spans)
+        spans: list[tuple[int, int]] = []
+        for head in heads:
+            begin, end = head * head_dim, (head + 1) * head_dim
+            if spans and spans[-1][1] == begin:
+                begin = spans.pop()[0]
+            spans.append((begin, end))
+        return Shard(num_kv_heads * head_dim, len(heads) * head_dim, tuple(spans))
 
     def place(self, device: torch.device) -> torch.device:
         """The rank's own device: several ranks take consecutive GPUs, beginning with `device`.
