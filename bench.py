@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from bench_hand_over import measure_hand_over
 from example import choose_model
 from nanovllm import LLM, SamplingParams
 
@@ -69,7 +70,12 @@ class Measurement:
 def run_nanovllm(model: str, workload: Workload, args: argparse.Namespace) -> Callable[[], Measurement]:
     """Load once; each call of what is returned times the workload."""
     start = time.perf_counter()
-    llm = LLM(model, max_model_len=args.max_model_len, enforce_eager=args.enforce_eager)
+    llm = LLM(
+        model,
+        max_model_len=args.max_model_len,
+        enforce_eager=args.enforce_eager,
+        tensor_parallel_size=args.tensor_parallel_size,
+    )
     llm.generate([[1, 2, 3]], SamplingParams(max_tokens=8, ignore_eos=True), use_tqdm=False)
     load_s = time.perf_counter() - start
 
@@ -246,6 +252,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--enforce-eager", action="store_true")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="RANKS")
+    parser.add_argument("--host-overhead", action="store_true", help="no model: what a step costs beside it, in us")
     parser.add_argument("--repeat", type=int, default=1, help="runs; the table shows medians")
     parser.add_argument("--json", metavar="FILE", help="write results, hardware, versions and workload")
     parser.add_argument("--plot", metavar="FILE.png", help="draw throughput over time (needs matplotlib)")
@@ -258,6 +266,10 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Measure, print, write."""
     args = parse_args()
+    if args.host_overhead:
+        for name, value in measure_hand_over(args.tensor_parallel_size, args.num_seqs).items():
+            print(f"  {name:24s} {value:.0f}")
+        return
     workload = Workload(args.num_seqs, tuple(args.input_len), tuple(args.output_len), args.shared_prefix, args.temperature)
     model = str(choose_model(args.model))
     measure = ENGINES[args.engine](model, workload, args)

@@ -29,14 +29,14 @@ class EngineConfig:
         max_model_len: prompt and output tokens of a request together at most. Default 4096, or what the model was
             made for if that is less.
         gpu_memory_utilization: share of the GPU's memory to use, above 0 and up to 1.
-        tensor_parallel_size: ranks that share the model.
+        tensor_parallel_size: ranks that share the model: GPUs of one machine, or processes on a CPU.
         enforce_eager: neither compile nor capture anything.
         kvcache_block_size: tokens in a KV block, a multiple of 16. Default: the attention backend's wish, else 16.
         num_kvcache_blocks: KV blocks to allocate. Default: what memory allows and the work can use.
         device: "auto" (a GPU when there is one), "cpu" or "cuda".
         dtype: "auto" (the checkpoint's), "float32", "bfloat16", "float16", or the torch dtype.
         attention_backend: "auto" or the name of one of nanovllm.attention's.
-        kvcache_memory_gb: GiB for the KV cache. On the CPU the default is half of the memory that is free.
+        kvcache_memory_gb: GiB for the KV cache, over all ranks. On the CPU the default is half of the memory that is free.
         enable_prefix_caching: share KV blocks between requests that begin with the same tokens.
         seed: makes the seeds drawn for requests without one reproducible.
     """
@@ -77,8 +77,6 @@ class EngineConfig:
                 self._set_int(name, minimum=1)
         self._set_int("max_num_seqs", minimum=1)
         self._set_int("tensor_parallel_size", minimum=1)
-        if self.tensor_parallel_size > 1:
-            raise ValueError(f"tensor_parallel_size must be 1 in this version, got {self.tensor_parallel_size}")
         if self.kvcache_block_size is not None and self.kvcache_block_size % 16:
             raise ValueError(f"kvcache_block_size must be a multiple of 16, got {self.kvcache_block_size}")
         if self.seed is not None:

@@ -37,11 +37,11 @@ def decide_num_blocks(config: EngineConfig, spec: AttentionSpec, num_layers: int
 
 def _memory_budget(config: EngineConfig, device: torch.device) -> int:
     if config.kvcache_memory_gb is not None:
-        return int(config.kvcache_memory_gb * GIB)
+        return int(config.kvcache_memory_gb * GIB) // config.tensor_parallel_size
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return max(0, int(total * config.gpu_memory_utilization) - (total - free))
-    return int(available_host_memory() * SHARE_OF_HOST_MEMORY)
+    return int(available_host_memory() * SHARE_OF_HOST_MEMORY) // config.tensor_parallel_size
 
 
 def allocate_kv_cache(backend: AttentionBackend, num_layers: int, num_blocks: int) -> list[Tensor]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from nanovllm.config import DEFAULT_MAX_MODEL_LEN, EngineConfig
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.executor import Executor, SingleRankExecutor
+from nanovllm.engine.parallel_executor import ParallelExecutor
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.models import load_model_config
@@ -46,7 +47,8 @@ class LLMEngine:
         self.max_model_len = choose_max_model_len(config, model_config)
         self.vocab_size = model_config.vocab_size
         self.tokenizer = load_tokenizer(folder)
-        self.executor: Executor = SingleRankExecutor(folder, model_config, config, self.max_model_len)
+        executor_class = SingleRankExecutor if config.tensor_parallel_size == 1 else ParallelExecutor
+        self.executor: Executor = executor_class(folder, model_config, config, self.max_model_len)
         self.scheduler = Scheduler(
             BlockManager(self.executor.num_kvcache_blocks, self.executor.block_size, config.enable_prefix_caching),
             max_num_seqs=config.max_num_seqs,

@@ -16,26 +16,27 @@ class VocabParallelEmbedding(nn.Module):
     def __init__(self, vocab_size: int, hidden_size: int, ranks: Ranks) -> None:
         super().__init__()
         self.ranks = ranks
-        self.shard_size = ranks.shard(vocab_size, "vocab_size")
-        self.weight = nn.Parameter(torch.empty(self.shard_size, hidden_size))
+        self.shard = ranks.shard(vocab_size)
+        self.weight = nn.Parameter(torch.empty(self.shard.size, hidden_size))
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """int64 [num_tokens] -> [num_tokens, hidden_size]."""
         if self.ranks.size == 1:
             return F.embedding(token_ids, self.weight)
-        local = token_ids - self.ranks.rank * self.shard_size
-        mine = (local >= 0) & (local < self.shard_size)
+        local = token_ids - self.ranks.rank * self.shard.size
+        mine = (local >= 0) & (local < self.shard.size)
         embedded = F.embedding(local.where(mine, 0), self.weight) * mine.unsqueeze(-1)
         return self.ranks.all_reduce(embedded)
 
     def load_part(self, name: str, tensor: CheckpointTensor, part: str) -> None:
         """See `LoadsParts`."""
-        copy_slice(self.weight, tensor, dim=0, rank=self.ranks.rank, num_ranks=self.ranks.size)
+        copy_slice(self.weight, tensor, 0, self.shard)
 
 
 class ParallelLMHead(VocabParallelEmbedding):
     """The projection from hidden states to logits; its weight is laid out, and may be shared, as the embedding's."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """[num_rows, hidden_size] -> logits [num_rows, vocab_size]."""
-        return self.ranks.gather_last_dim(F.linear(hidden_states, self.weight))
+        """[num_rows, hidden_size] -> logits [num_rows, vocab_size] on rank 0; on others nothing of use."""
+        logits = self.ranks.gather_last_dim(F.linear(hidden_states, self.weight))
+        return logits[:, : self.shard.total]  # what is cut off belongs to the padding

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanovllm.utils.loader import CheckpointTensor, copy_slice
-from nanovllm.utils.ranks import Ranks
+from nanovllm.utils.ranks import Ranks, Shard
 
 
 class ParallelLinear(nn.Module):
@@ -36,15 +36,15 @@ class ColumnParallelLinear(ParallelLinear):
 
     Args:
         input_size: columns of the weight.
-        outputs: the name of each projection and its rows, over all ranks.
+        outputs: the name of each projection and its rows, over all ranks; or this rank's share, if it is not an equal one.
         bias: whether each has a bias.
         ranks: who shares the layer.
     """
 
-    def __init__(self, input_size: int, outputs: Mapping[str, int], bias: bool, ranks: Ranks) -> None:
-        self.sizes = [ranks.shard(size, f"output size of projection {part!r}") for part, size in outputs.items()]
+    def __init__(self, input_size: int, outputs: Mapping[str, int | Shard], bias: bool, ranks: Ranks) -> None:
+        self.shards = {part: ranks.shard(rows) if isinstance(rows, int) else rows for part, rows in outputs.items()}
+        self.sizes = [shard.size for shard in self.shards.values()]
         super().__init__(input_size, sum(self.sizes), bias)
-        self.ranks = ranks
         self.parts = tuple(outputs)
 
     def forward_split(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -56,7 +56,7 @@ class ColumnParallelLinear(ParallelLinear):
         index = self.parts.index(part)
         start = sum(self.sizes[:index])
         target = self.get_parameter(name)[start : start + self.sizes[index]]
-        copy_slice(target, tensor, dim=0, rank=self.ranks.rank, num_ranks=self.ranks.size)
+        copy_slice(target, tensor, 0, self.shards[part])
 
 
 class RowParallelLinear(ParallelLinear):
@@ -65,7 +65,8 @@ class RowParallelLinear(ParallelLinear):
     parts = ("",)
 
     def __init__(self, input_size: int, output_size: int, bias: bool, ranks: Ranks) -> None:
-        super().__init__(ranks.shard(input_size, "input size of a row-parallel projection"), output_size, bias)
+        self.shard = ranks.shard(input_size)
+        super().__init__(self.shard.size, output_size, bias)
         self.ranks = ranks
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,4 +78,4 @@ class RowParallelLinear(ParallelLinear):
         if name == "bias":
             copy_slice(self.get_parameter(name), tensor)
         else:
-            copy_slice(self.get_parameter(name), tensor, dim=1, rank=self.ranks.rank, num_ranks=self.ranks.size)
+            copy_slice(self.get_parameter(name), tensor, 1, self.shard)

@@ -29,12 +29,10 @@ class Qwen3Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer_index: int, ranks: Ranks) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        heads = {"q": config.num_heads, "k": config.num_kv_heads, "v": config.num_kv_heads}
-        for part, num_heads in heads.items():
-            ranks.shard(num_heads, f"number of {part} heads")
-        sizes = {part: num_heads * config.head_dim for part, num_heads in heads.items()}
-        self.qkv_proj = ColumnParallelLinear(config.hidden_size, sizes, config.qkv_bias, ranks)
-        self.o_proj = RowParallelLinear(sizes["q"], config.hidden_size, config.o_bias, ranks)
+        q_size = config.num_heads * config.head_dim
+        kv = ranks.shard_kv(config.num_heads, config.num_kv_heads, config.head_dim)
+        self.qkv_proj = ColumnParallelLinear(config.hidden_size, {"q": q_size, "k": kv, "v": kv}, config.qkv_bias, ranks)
+        self.o_proj = RowParallelLinear(q_size, config.hidden_size, config.o_bias, ranks)
         if self.has_qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)

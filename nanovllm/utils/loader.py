@@ -13,6 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from nanovllm.utils.ranks import Ranks, Shard
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = ("F64", "F32", "BF16", "F16")  # as safetensors names them
@@ -60,8 +62,13 @@ def materialize(model: nn.Module, dtype: torch.dtype, device: torch.device) -> N
             module._parameters[name] = replaced[parameter]
 
 
-def load_weights(model: CheckpointModule, folder: Path) -> None:
+def load_weights(model: CheckpointModule, folder: Path, ranks: Ranks | None = None) -> None:
     """Fill all parameters of a materialized model from a checkpoint folder.
+
+    Args:
+        model: says which slices of the tensors it needs; nothing else is read.
+        folder: the checkpoint.
+        ranks: others that are loading theirs meanwhile.
 
     Raises:
         FileNotFoundError: no safetensors files, or one that the index names is missing.
@@ -72,6 +79,8 @@ def load_weights(model: CheckpointModule, folder: Path) -> None:
     loaded: dict[tuple[str, str], str] = {}
     for file in checkpoint_files(folder):
         for tensor_name, tensor in _tensors_of(file):
+            if ranks is not None:
+                ranks.check_peers()
             if tensor_name in model.tied or tensor_name.endswith("rotary_emb.inv_freq"):
                 continue
             target = _target_of(model, tensor_name)
@@ -108,19 +117,24 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return files
 
 
-def copy_slice(target: Tensor, tensor: CheckpointTensor, dim: int = 0, rank: int = 0, num_ranks: int = 1) -> None:
-    """Copy the rank's part of `tensor`, divided along `dim`, to `target`. Nothing else of it is read.
+def copy_slice(target: Tensor, tensor: CheckpointTensor, dim: int = 0, shard: Shard | None = None) -> None:
+    """Copy `shard` of `tensor`, divided along `dim`, to `target`; None: all of it. Nothing else of it is read.
 
     Raises:
-        ValueError: the shape is not the ranks' `target`s together.
+        ValueError: the shape is not what the shard is a part of.
     """
     expected = list(target.shape)
-    expected[dim] *= num_ranks
+    if shard is not None:
+        expected[dim] = shard.total
     if tensor.get_shape() != expected:
         raise ValueError(f"has shape {tensor.get_shape()}, the config asks for {expected}")
-    size = target.shape[dim]
-    mine = slice(rank * size, (rank + 1) * size)
-    target.copy_(tensor[mine] if dim == 0 else tensor[:, mine])
+    filled = 0
+    for begin, end in ((0, expected[dim]),) if shard is None else shard.spans:
+        part = tensor[begin:end] if dim == 0 else tensor[:, begin:end]
+        target.narrow(dim, filled, end - begin).copy_(part)
+        filled += end - begin
+    if filled < target.shape[dim]:
+        target.narrow(dim, filled, target.shape[dim] - filled).zero_()  # padding: adds nothing wherever it is read
 
 
 def _expected_parts(model: CheckpointModule) -> set[tuple[str, str]]:

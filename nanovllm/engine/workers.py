@@ -1,0 +1,245 @@
+"""Workers: the processes of ranks 1 and on, as rank 0 sees them.
+
+A worker is sent objects and answers each with a report: an empty one, or why it failed. It failed when it says so or has
+ended; whatever happens it does not stay silent, because its end closes its pipe. Messages go through a `Mailbox`, the pipe
+only rings. Workers own nothing that outlives them, so that they are ended by SIGKILL, without politeness and without wait.
+"""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nanovllm.engine.scheduler import ScheduledBatch
+from nanovllm.utils.collectives import Collectives
+from nanovllm.utils.interrupts import hold_interrupts
+from nanovllm.utils.mailbox import Mailbox, anonymous_file
+from nanovllm.utils.ranks import Ranks
+
+GRACE = 2.0  # seconds in which ranks that have lost another one, or are through with a step, say so
+_BATCH_FIELDS = tuple(field.name for field in fields(ScheduledBatch))
+_PROGRAM = Path(__file__).with_name("worker_main.py")
+
+
+class Runner(Protocol):
+    """What a worker runs; `ModelRunner` is one."""
+
+    def execute(self, batch: ScheduledBatch) -> NDArray[np.int64]:
+        """Compute one step."""
+
+    def append_sampled(self, token_ids: NDArray[np.int64]) -> None:
+        """Take in the tokens that rank 0 sampled in the step before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a worker is started for. Pickled."""
+
+    make_runner: Callable[[Ranks], Runner]
+    device: torch.device  # rank 0's
+    size: int  # ranks
+    num_threads: int  # of torch, for each rank
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """What a worker is sent for each step."""
+
+    sampled: NDArray[np.int64]  # the tokens that rank 0 sampled in the step before; empty if that failed
+    batch: ScheduledBatch
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Arrays go as bytes: pickling an array, or a dataclass with slots, takes twenty times as long."""
+        values = (getattr(self.batch, name) for name in _BATCH_FIELDS)
+        return _unpack_step, tuple(_pack(value) for value in (self.sampled, *values))
+
+
+def _pack(value: Any) -> Any:
+    if not isinstance(value, np.ndarray):
+        return value
+    assert value.dtype == np.int64, f"arrays of a batch are int64, not {value.dtype}"
+    return value.tobytes()
+
+
+def _unpack_step(*packed: Any) -> Step:
+    values: list[Any] = [np.frombuffer(value, np.int64) if isinstance(value, bytes) else value for value in packed]
+    return Step(values[0], ScheduledBatch(*values[1:]))
+
+
+class Failure(NamedTuple):
+    """Why a worker ended. Pickled, by a process that may not be able to import this class, as a tuple."""
+
+    what: str  # its traceback, or its signal
+    lost_peer: bool = False  # a consequence of another rank's failure
+    user_error: Exception | None = None  # what rank 0 is to raise in place of a WorkerError
+
+
+class WorkerError(RuntimeError):
+    """A worker process failed; the message carries its traceback or its signal."""
+
+
+class Workers:
+    """Owns the processes, from `start` to `close`, and the ways to them."""
+
+    def __init__(self) -> None:
+        self._owner = os.getpid()
+        self._closed = False
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}  # by rank, as the next
+        self._pipes: dict[int, Connection[Any, Any]] = {}
+        self._busy: set[int] = set()  # who owes a report
+        self._collectives: Collectives | None = None
+        self._mailbox = Mailbox(anonymous_file("nanovllm-mailbox"))
+        self._store_fd: int | None = anonymous_file("nanovllm-store")
+
+    def start(self, job: Job) -> Collectives:
+        """Start a process for each rank but 0, and wait until it is there. Then it loads, which `settle` waits for.
+
+        Returns:
+            Rank 0's end of the collectives.
+
+        Raises:
+            WorkerError, PeerLostError: one could not be started. `close` is still to be called.
+        """
+        with hold_interrupts():
+            for rank in range(1, job.size):
+                self._spawn(rank, job)
+        self.send(job)
+        self.settle()
+        self._busy = set(self._processes)  # their report on loading is to come
+        store_fd, self._store_fd = self._store_fd, None
+        assert store_fd is not None, "started only once"
+        self._collectives = Collectives(0, job.size, job.device, store_fd, self.check)
+        if job.device.type == "cuda":  # a kernel of NCCL waits for ever for a rank that has gone; gloo's sockets tell
+            for process in self._processes.values():
+                threading.Thread(target=_abort_after, args=(process, self._collectives), daemon=True).start()
+        return self._collectives
+
+    def send(self, message: object) -> None:
+        """Send the same to all workers, once they are done with what they were sent before.
+
+        Raises:
+            WorkerError: one has failed.
+        """
+        self.settle()
+        doorbell = self._mailbox.write(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+        for rank, pipe in self._pipes.items():
+            self._busy.add(rank)
+            try:
+                pipe.send_bytes(doorbell)
+            except OSError:  # it has ended; its report, or the lack of one, says why
+                self.settle(GRACE)
+
+    def settle(self, timeout: float | None = None) -> None:
+        """Wait until every worker is done with what it was sent.
+
+        Args:
+            timeout: seconds; None waits as long as it takes, since a worker that fails says so.
+
+        Raises:
+            WorkerError: one has failed. A `user_error` is raised in its place.
+            TimeoutError: not all are done.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        failures: list[Failure] = []
+        for rank in sorted(self._busy):
+            pipe = self._pipes[rank]
+            if deadline is not None and not pipe.poll(max(0.0, deadline - time.monotonic())):
+                continue
+            self._busy.discard(rank)
+            failure = self._receive_report(rank)
+            if failure is not None:
+                failures.append(failure)
+                deadline = deadline or time.monotonic() + GRACE  # the others fail for lack of this one
+        if failures:
+            _raise_cause(failures)
+        if self._busy:
+            raise TimeoutError(f"ranks {sorted(self._busy)} are still busy")
+
+    def check(self) -> None:
+        """Raise if a worker has ended.
+
+        Raises:
+            WorkerError: one has.
+        """
+        if any(process.poll() is not None for process in self._processes.values()):
+            self.settle(GRACE)
+
+    def close(self) -> None:
+        """End the processes. May be called twice, and does nothing in a fork of the process that made them."""
+        if self._closed or os.getpid() != self._owner:
+            return
+        with hold_interrupts():
+            for process in self._processes.values():
+                process.kill()
+            for process in self._processes.values():
+                process.wait()
+            for pipe in self._pipes.values():
+                pipe.close()
+            if self._collectives is not None:
+                self._collectives.close()
+            if self._store_fd is not None:
+                os.close(self._store_fd)
+            self._mailbox.close()
+            self._closed = True
+
+    def _spawn(self, rank: int, job: Job) -> None:
+        ours, theirs = Pipe()
+        assert self._store_fd is not None, "started only once"
+        fds = [theirs.fileno(), self._mailbox.fd, self._store_fd]
+        arguments = [str(number) for number in (rank, os.getpid(), *fds)]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),  # "" is the current folder
+            "OMP_NUM_THREADS": str(job.num_threads),
+        }
+        # Its own session: Ctrl-C in a terminal is for rank 0. And no import of the caller's main module.
+        self._processes[rank] = subprocess.Popen(
+            [sys.executable, str(_PROGRAM), *arguments],
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            pass_fds=fds,
+            start_new_session=True,
+        )
+        self._pipes[rank] = ours
+        theirs.close()
+
+    def _receive_report(self, rank: int) -> Failure | None:
+        process = self._processes[rank]
+        name = f"rank {rank} (process {process.pid})"
+        try:
+            report = self._pipes[rank].recv_bytes()
+        except (EOFError, OSError):
+            status = process.wait()  # its pipe is closed only by its end
+            how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
+            return Failure(f"{name} {how}")
+        if not report:
+            return None
+        failure = Failure(*pickle.loads(report))
+        return failure._replace(what=f"{name} failed:\n{failure.what}")
+
+
+def _abort_after(process: "subprocess.Popen[bytes]", collectives: Collectives) -> None:
+    process.wait()
+    collectives.abort()
+
+
+def _raise_cause(failures: list[Failure]) -> None:
+    """Of several failures one is the cause of the others."""
+    cause = min(failures, key=lambda failure: failure.lost_peer)
+    error = WorkerError(f"{cause.what}\nAll ranks of this engine have been ended")
+    if cause.user_error is not None:
+        raise cause.user_error from error
+    raise error
