@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanovllm.layers.packed_weight import linear, pack_weight
 from nanovllm.utils.loader import CheckpointTensor, copy_slice
 from nanovllm.utils.ranks import Ranks
 
@@ -38,4 +39,8 @@ class ParallelLMHead(VocabParallelEmbedding):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[num_rows, hidden_size] -> logits [num_rows, vocab_size]."""
-        return self.ranks.gather_last_dim(F.linear(hidden_states, self.weight))
+        return self.ranks.gather_last_dim(linear(hidden_states, self.weight))
+
+    def pack(self) -> None:
+        """See `Packable`."""
+        pack_weight(self)
