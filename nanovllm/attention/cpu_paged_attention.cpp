@@ -18,6 +18,7 @@
 // not depend on the other rows of its tile, on the number of threads or on how the prompt was cut into chunks. Hence
 // -ffp-contract=off, explicit fused operations, and loops whose order of summation is written out. Columns behind a row's
 // position are given probability 0, which adds nothing; V that was never written, which may be NaN, is replaced by 0.
+// The threads are torch's own (at::parallel_for): one pool, so that products and attention do not compete for cores.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -30,6 +31,8 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
+#include <type_traits>
 #include <vector>
 
 #if defined(__AVX512BF16__) && !defined(NANOVLLM_BF16_DOT)
@@ -380,10 +383,12 @@ struct Batch {
   }
   void write(const Task& task, int64_t row, const Reduced& reduced, const float* weighted) const {
     Scalar* target = out + token(task, row) * shape.num_heads * shape.head_dim + head_offset(task, row);
-    const float factor = reduced.sum == 0.0f ? 0.0f : 1.0f / reduced.sum;
-    for (int64_t d = 0; d < shape.head_dim; ++d) {
-      target[d] = reduced.sum == 0.0f ? Scalar(0.0f) : static_cast<Scalar>(weighted[d] * factor);
+    if (reduced.sum == 0.0f) {  // a row that sees nothing
+      std::fill(target, target + shape.head_dim, Scalar(0.0f));
+      return;
     }
+    const float factor = 1.0f / reduced.sum;
+    for (int64_t d = 0; d < shape.head_dim; ++d) target[d] = static_cast<Scalar>(weighted[d] * factor);
   }
 };
 
@@ -554,7 +559,7 @@ std::vector<Task> split_tasks(const std::vector<Task>& whole, std::vector<Task>&
   return tasks;
 }
 
-// Call work(worker's number of tasks) on every thread of torch's pool.
+// Run work() on the threads of torch's pool, on no more of them than there are tasks.
 template <class Work>
 void on_all_threads(int64_t num_tasks, const Work& work) {
   at::parallel_for(0, std::min<int64_t>(num_tasks, at::get_num_threads()), 1, [&](int64_t begin, int64_t end) {

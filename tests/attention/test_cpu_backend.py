@@ -168,7 +168,7 @@ def test_random_batches(kernels: Any, seed: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 2), (9, 3), (7, 1)])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(9, 3), (7, 1)])
 def test_a_row_is_the_same_bit_for_bit_in_any_batch(
     kernels: Any, threads: None, num_heads: int, num_kv_heads: int, dtype: torch.dtype
 ) -> None:
@@ -177,7 +177,7 @@ def test_a_row_is_the_same_bit_for_bit_in_any_batch(
     torch.set_num_threads(1)
     whole = run(backend, sequences, [(0, 700, 700)])
     pieces = [(1, 1), (2, 1), (7, 7), (17, 10), (256, 1), (257, 1), (257, 2), (300, 44), (511, 255), (700, 64), (700, 1)]
-    for num_threads in (1, 2, 24):
+    for num_threads in (2, 8):
         torch.set_num_threads(num_threads)
         for end, size in pieces:  # of the prompt
             assert torch.equal(run(backend, sequences, [(0, end, size)]), whole[end - size : end])
@@ -189,7 +189,7 @@ def test_a_long_context_is_split_among_threads_without_a_trace(kernels: Any, thr
     sequences = make_sequences(make_spec(2, 1, 32, 16, torch.bfloat16), [5000])
     backend = make_backend(kernels, sequences.spec)
     results = []
-    for num_threads in (1, 2, 3, 16):
+    for num_threads in (1, 2, 3, 8):
         torch.set_num_threads(num_threads)
         results.append(run(backend, sequences, [(0, 5000, 3)]))
     assert all(torch.equal(result, results[0]) for result in results)

@@ -109,8 +109,8 @@ def test_several_processes_may_build_at_once(tmp_path: Path) -> None:
     compiler.write_text(f'#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\nsleep 1\ncp {built} "$2"\n')
     compiler.chmod(0o755)
     cache = tmp_path / "cache"
-    processes = [start_python(BUILD_AND_ATTEND, CXX=str(compiler), XDG_CACHE_HOME=str(cache)) for _ in range(3)]
-    assert [process.wait(timeout=300) for process in processes] == [0, 0, 0]
+    processes = [start_python(BUILD_AND_ATTEND, CXX=str(compiler), XDG_CACHE_HOME=str(cache)) for _ in range(2)]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
     assert [path.name for path in (cache / "nanovllm").iterdir()] == [built.name]
     again = start_python(BUILD_AND_ATTEND, CXX="no-such-compiler", XDG_CACHE_HOME=str(cache))  # needs none any more
     assert again.wait(timeout=300) == 0

@@ -1,4 +1,4 @@
-"""Packed weights multiply as plain ones do, bit for bit the same for any number of rows, and replace what they were made of."""
+"""Packed weights multiply as plain ones do, the same for any number of rows, and replace what they were made of."""
 
 import pytest
 import torch
