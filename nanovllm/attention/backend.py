@@ -88,12 +88,15 @@ class _Entry(NamedTuple):
 
 # In the order in which "auto" tries them.
 BACKENDS = {
+    "cpu": _Entry("nanovllm.attention.cpu", "CPUBackend", ("cpu",)),
     "torch_reference": _Entry("nanovllm.attention.torch_reference", "TorchReferenceBackend", ("cpu", "cuda")),
 }
 
 
 def choose_backend(name: str, make_spec: Callable[[type[AttentionBackend]], AttentionSpec]) -> AttentionBackend:
     """Make the backend called `name`, or for "auto" the first that can serve the spec.
+
+    A warning says which faster backends for this device cannot be used, and why.
 
     Args:
         name: "auto" or one of `BACKENDS`.
@@ -110,13 +113,16 @@ def choose_backend(name: str, make_spec: Callable[[type[AttentionBackend]], Atte
             raise ValueError(f"attention_backend={name!r} cannot be used here: {reason}")
         return backend_class(spec)
     refusals: list[str] = []
+    missed = False
     for candidate, entry in BACKENDS.items():
         backend_class, spec, reason = _consider(candidate, make_spec)
         if reason is None and spec.device.type not in entry.devices:
             reason = f"not meant for {spec.device.type}"
         if reason is None:
-            logger.info("attention backend: %s%s", candidate, "".join(f" ({r})" for r in refusals))
+            level = logging.WARNING if missed else logging.INFO
+            logger.log(level, "attention backend: %s%s", candidate, "".join(f" ({r})" for r in refusals))
             return backend_class(spec)
+        missed = missed or spec.device.type in entry.devices  # a faster one, meant for this device
         refusals.append(f"{candidate}: {reason}")
     raise ValueError(f"no attention backend can be used here: {'; '.join(refusals)}")
 

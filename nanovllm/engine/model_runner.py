@@ -13,6 +13,7 @@ from nanovllm.config import DEFAULT_BATCHED_TOKENS, EngineConfig
 from nanovllm.engine.input_batch import InputBatch, StepInputs
 from nanovllm.engine.kv_cache import allocate_kv_cache, decide_num_blocks
 from nanovllm.engine.scheduler import ScheduledBatch
+from nanovllm.layers.packed_weight import pack_weights
 from nanovllm.layers.sampler import sample
 from nanovllm.models import get_model_class
 from nanovllm.models.config import ModelConfig
@@ -45,6 +46,7 @@ class ModelRunner:
             model = get_model_class(model_config.architecture)(model_config, max_model_len, ranks)
         materialize(model, self.dtype, self.device)
         load_weights(model, folder, ranks)
+        pack_weights(model)
         self.model = model.to(self.device).eval()  # the tables of the rotary embedding are still to be moved
 
         def make_spec(backend: type[AttentionBackend]) -> AttentionSpec:

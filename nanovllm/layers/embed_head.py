@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanovllm.layers.packed_weight import linear, pack_weight
 from nanovllm.utils.loader import CheckpointTensor, copy_slice
 from nanovllm.utils.ranks import Ranks
 
@@ -38,5 +39,9 @@ class ParallelLMHead(VocabParallelEmbedding):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[num_rows, hidden_size] -> logits [num_rows, vocab_size] on rank 0; on others nothing of use."""
-        logits = self.ranks.gather_last_dim(F.linear(hidden_states, self.weight))
+        logits = self.ranks.gather_last_dim(linear(hidden_states, self.weight))
         return logits[:, : self.shard.total]  # what is cut off belongs to the padding
+
+    def pack(self) -> None:
+        """See `Packable`."""
+        pack_weight(self)

@@ -7,9 +7,9 @@ results are summed over the ranks. Projections that read the same input are merg
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanovllm.layers.packed_weight import linear, pack_weight
 from nanovllm.utils.loader import CheckpointTensor, copy_slice
 from nanovllm.utils.ranks import Ranks, Shard
 
@@ -28,7 +28,11 @@ class ParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[num_tokens, input_size] -> [num_tokens, output_size]."""
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
+
+    def pack(self) -> None:
+        """See `Packable`."""
+        pack_weight(self)
 
 
 class ColumnParallelLinear(ParallelLinear):
@@ -71,7 +75,7 @@ class RowParallelLinear(ParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[num_tokens, this rank's part of input_size] -> [num_tokens, output_size]."""
-        return self.ranks.all_reduce(F.linear(x, self.weight, self.bias if self.ranks.rank == 0 else None))
+        return self.ranks.all_reduce(linear(x, self.weight, self.bias if self.ranks.rank == 0 else None))
 
     def load_part(self, name: str, tensor: CheckpointTensor, part: str) -> None:
         """See `LoadsParts`. The bias is whole on every rank."""

@@ -1,0 +1,53 @@
+"""Paged attention on a CPU: the C++ kernel in cpu_paged_attention.cpp, which explains its method and cache layout."""
+
+import torch
+from torch import Tensor
+
+from nanovllm.attention.backend import AttentionBackend, AttentionSpec
+from nanovllm.attention.cpu_build import BuildError, load_kernels
+from nanovllm.utils.context import AttentionMetadata
+
+TILE = 16  # tokens of a tile of K and V
+MAX_HEAD_DIM = 256
+
+
+class CPUBackend(AttentionBackend):
+    """One kernel for prefill chunks and decodes; a row's result is the same, bit for bit, whatever else is in the batch."""
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        super().__init__(spec)
+        self._kernels = load_kernels()
+
+    @staticmethod
+    def why_not(spec: AttentionSpec) -> str | None:
+        """The shapes that the kernel takes, and a compiler to build it."""
+        if spec.device.type != "cpu":
+            return f"it is for device cpu, not {spec.device.type}"
+        if spec.head_dim % TILE or spec.head_dim > MAX_HEAD_DIM:
+            return f"head_dim must be a multiple of {TILE} up to {MAX_HEAD_DIM}, not {spec.head_dim}"
+        if spec.block_size % TILE:
+            return f"the block size must be a multiple of {TILE}, not {spec.block_size}"
+        if spec.num_heads % spec.num_kv_heads:
+            return f"{spec.num_heads} heads cannot share {spec.num_kv_heads} KV heads evenly"
+        try:
+            load_kernels()
+        except BuildError as error:
+            return str(error)
+        return None
+
+    def allocate_cache(self, num_blocks: int) -> Tensor:
+        """[num_blocks, num_kv_heads, block_size / 16, 2 (K, V), 16 * head_dim]: tiles, laid out inside by the kernel."""
+        spec = self.spec
+        shape = (num_blocks, spec.num_kv_heads, spec.block_size // TILE, 2, TILE * spec.head_dim)
+        return torch.empty(shape, dtype=spec.dtype)
+
+    def store(self, k: Tensor, v: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
+        """See `AttentionBackend.store`."""
+        self._kernels.store(k, v, cache, slot_mapping)
+
+    def attend(self, q: Tensor, cache: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """See `AttentionBackend.attend`."""
+        out = torch.empty(q.shape, dtype=q.dtype)
+        lengths = metadata.cu_seqlens_q, metadata.context_lens, metadata.block_tables
+        self._kernels.attend(q, cache, out, *lengths, self.scale)
+        return out

@@ -1,0 +1,716 @@
+// Paged attention on a CPU: one kernel for prefill chunks and decodes alike. Built and called by cpu.py.
+//
+// Rows. Query heads that share a K and V head are rows of one matrix: row = token * group + head in the group. A task is
+// up to ROWS_PER_TASK rows of one sequence and KV head. It walks over the context in partitions of PARTITION tokens, and
+// in each over tiles of a few rows, so that K and V of a partition come from memory once and from the L2 cache then.
+//
+// Cache of one layer: [block, KV head, tile of 16 tokens, K then V], where STEP is 1, and 2 for the bf16 dot product:
+//     K of a tile: [head_dim / STEP, 16 tokens, STEP]     a step is multiplied with a query's dimension(s),
+//     V of a tile: [16 tokens / STEP, head_dim, STEP]     ... with a probability, or two:
+// so both products of attention are the same loop: load a line (16 * STEP values), multiply it with one broadcast operand
+// of each row, add to the row's 16 sums in registers. What is special to an instruction set is in the two Formats below.
+//
+// Softmax. Each partition is reduced on its own to (maximum, sum, weighted V), and the results are merged from the first
+// partition to the last (online softmax: Milakov and Gimelshein 2018; partitions: Dao et al. 2023, "Flash-Decoding").
+// Long contexts may be split among threads between partitions; the merging is the same then.
+//
+// The result of a row is a function of its own query, K and V, bit for bit: the operations on a row and their order do
+// not depend on the other rows of its tile, on the number of threads or on how the prompt was cut into chunks. Hence
+// -ffp-contract=off, explicit fused operations, and loops whose order of summation is written out. Columns behind a row's
+// position are given probability 0, which adds nothing; V that was never written, which may be NaN, is replaced by 0.
+// The threads are torch's own (at::parallel_for): one pool, so that products and attention do not compete for cores.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/functional.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#if defined(__AVX512BF16__) && !defined(NANOVLLM_BF16_DOT)
+#define NANOVLLM_BF16_DOT  // the tests define it together with an emulation of the instructions
+#endif
+
+namespace {
+
+using Vec = at::vec::Vectorized<float>;
+
+constexpr int64_t TILE = 16;           // tokens in a tile of K and V, and sums in a line
+constexpr int64_t PARTITION = 256;     // tokens that are reduced on their own; a change changes results by rounding
+constexpr int64_t MAX_TILES = PARTITION / TILE;
+constexpr int64_t ROWS_PER_TASK = 48;  // a multiple of every tile's rows
+constexpr int64_t MAX_HEAD_DIM = 256;
+// Values from one row of scores, probabilities or queries to the next: constants spare the inner loops a pointer a row, and
+// no power of two, or all rows would lie in the same few sets of the L1 cache.
+constexpr int64_t SCORE_STRIDE = PARTITION + TILE;
+constexpr int64_t QUERY_STRIDE = MAX_HEAD_DIM + TILE;
+constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+#define NO_INLINE __attribute__((noinline))  // a function of its own for the inner loops: all registers are theirs
+
+// ---- formats: how the inner loop multiplies ----
+
+// Any dtype by vectors of float32: 16-bit values are converted when they are loaded.
+template <typename scalar_t>
+struct FloatFormat {
+  using Scalar = scalar_t;                // in the cache
+  using Operand = float;                  // of a row, for one step
+  static constexpr int64_t STEP = 1;
+  static constexpr int VECS = TILE / Vec::size();
+  static constexpr bool WIDE = Vec::size() >= 16;
+  static constexpr int ROWS = WIDE ? 12 : 6;  // ROWS * LINES lines of sums fit the registers: 32 of AVX-512, 16 of AVX2
+  static constexpr int LINES = WIDE ? 2 : 1;
+  struct Line {
+    Vec vecs[VECS];
+  };
+  using Sums = Line;
+
+  static ALWAYS_INLINE Line load(const Scalar* source) {
+    Line line;
+#pragma GCC unroll 4
+    for (int i = 0; i < VECS; ++i) {
+      if constexpr (std::is_same_v<Scalar, float>) {
+        line.vecs[i] = Vec::loadu(source + i * Vec::size());
+      } else {
+        at::vec::load_to_float<Scalar>(source + i * Vec::size(), line.vecs[i]);
+      }
+    }
+    return line;
+  }
+  static ALWAYS_INLINE Sums zero() {
+    Sums sums;
+#pragma GCC unroll 4
+    for (int i = 0; i < VECS; ++i) sums.vecs[i] = Vec(0.0f);
+    return sums;
+  }
+  static ALWAYS_INLINE Vec broadcast(const Operand* operand) { return Vec(*operand); }
+  static ALWAYS_INLINE void multiply_add(Sums& sums, const Vec& operand, const Line& line) {
+#pragma GCC unroll 4
+    for (int i = 0; i < VECS; ++i) sums.vecs[i] = at::vec::fmadd(operand, line.vecs[i], sums.vecs[i]);
+  }
+  static ALWAYS_INLINE void store(float* target, const Sums& sums) {
+#pragma GCC unroll 4
+    for (int i = 0; i < VECS; ++i) sums.vecs[i].store(target + i * Vec::size());
+  }
+  // 16 values as operands.
+  template <typename T>
+  static ALWAYS_INLINE void pack(const T* values, Operand* operands) {
+    for (int64_t i = 0; i < TILE; ++i) operands[i] = static_cast<float>(values[i]);
+  }
+};
+
+#ifdef NANOVLLM_BF16_DOT
+// bfloat16 by the AVX-512 instruction that multiplies pairs of bf16 values and adds both products to a float32.
+struct Bf16DotFormat {
+  using Scalar = at::BFloat16;
+  using Operand = uint32_t;  // a pair
+  static constexpr int64_t STEP = 2;
+  static constexpr int ROWS = 12;
+  static constexpr int LINES = 2;
+  using Line = __m512i;
+  using Sums = __m512;
+
+  static ALWAYS_INLINE Line load(const Scalar* source) { return _mm512_loadu_si512(source); }
+  static ALWAYS_INLINE Sums zero() { return _mm512_setzero_ps(); }
+  static ALWAYS_INLINE Line broadcast(const Operand* operand) { return _mm512_set1_epi32(static_cast<int>(*operand)); }
+  static ALWAYS_INLINE void multiply_add(Sums& sums, const Line& operand, const Line& line) {
+    sums = _mm512_dpbf16_ps(sums, (__m512bh)operand, (__m512bh)line);
+  }
+  static ALWAYS_INLINE void store(float* target, const Sums& sums) { _mm512_storeu_ps(target, sums); }
+  static ALWAYS_INLINE void pack(const float* values, Operand* operands) {
+    const auto packed = _mm512_cvtneps_pbh(_mm512_loadu_ps(values));  // rounded to nearest even
+    std::memcpy(operands, &packed, TILE * sizeof(Scalar));
+  }
+  static ALWAYS_INLINE void pack(const Scalar* values, Operand* operands) {
+    std::memcpy(operands, values, TILE * sizeof(Scalar));
+  }
+};
+#endif
+
+// ---- the two products, for a tile of ROWS rows ----
+
+// sums[row][line] += operands[row][s] * lines[line][s] for each step s. AHEAD: fetch the same lines of V and of the tiles
+// `ahead` meanwhile: decodes are bound by memory. Full tiles of rows, of which there are usually several, are not.
+template <class F, int64_t STRIDE, bool AHEAD, int ROWS, int LINES>
+ALWAYS_INLINE void accumulate(
+    typename F::Sums (&sums)[ROWS][LINES], const typename F::Operand* operands,
+    const typename F::Scalar* const (&lines)[LINES], int64_t line_stride, int64_t steps,
+    const typename F::Scalar* const (&ahead)[LINES]) {
+  for (int64_t step = 0; step < steps; ++step) {
+    typename F::Line line[LINES];
+#pragma GCC unroll 2
+    for (int l = 0; l < LINES; ++l) {
+      line[l] = F::load(lines[l] + step * line_stride);
+      if constexpr (AHEAD) {
+        __builtin_prefetch(lines[l] + (steps + step) * line_stride);  // V lies behind K
+        __builtin_prefetch(ahead[l] + step * line_stride);
+      }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; ++r) {
+      const auto operand = F::broadcast(operands + r * (STRIDE / F::STEP) + step);
+#pragma GCC unroll 2
+      for (int l = 0; l < LINES; ++l) F::multiply_add(sums[r][l], operand, line[l]);
+    }
+  }
+}
+
+template <class F, int ROWS, int LINES>
+ALWAYS_INLINE void clear(typename F::Sums (&sums)[ROWS][LINES]) {
+#pragma GCC unroll 12
+  for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 2
+    for (int l = 0; l < LINES; ++l) sums[r][l] = F::zero();
+  }
+}
+
+template <class F, int ROWS, int LINES>
+ALWAYS_INLINE void put(const typename F::Sums (&sums)[ROWS][LINES], float* target, int64_t row_stride) {
+#pragma GCC unroll 12
+  for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 2
+    for (int l = 0; l < LINES; ++l) F::store(target + r * row_stride + l * TILE, sums[r][l]);
+  }
+}
+
+// What one partition of a context looks like to the kernel. tiles[num_tiles] is where to fetch from next.
+template <class F>
+struct Partition {
+  const typename F::Scalar* tiles[MAX_TILES + 1];
+  int64_t num_tiles;
+};
+
+template <class F, int ROWS, int LINES>
+ALWAYS_INLINE void score_tiles(
+    const typename F::Operand* q, const Partition<F>& kv, int64_t tile, int64_t head_dim, float* scores) {
+  const typename F::Scalar *lines[LINES], *ahead[LINES];
+  for (int l = 0; l < LINES; ++l) {
+    lines[l] = kv.tiles[tile + l];
+    ahead[l] = kv.tiles[std::min(tile + l + LINES, kv.num_tiles)];
+  }
+  typename F::Sums sums[ROWS][LINES];
+  clear<F, ROWS, LINES>(sums);
+  const int64_t steps = head_dim / F::STEP;
+  accumulate<F, QUERY_STRIDE, (ROWS < F::ROWS)>(sums, q, lines, TILE * F::STEP, steps, ahead);
+  put<F, ROWS, LINES>(sums, scores + tile * TILE, SCORE_STRIDE);
+}
+
+// scores[row][token] = q[row] . k[token] for the first num_tiles tiles. q: [ROWS][QUERY_STRIDE / STEP].
+template <class F, int ROWS>
+NO_INLINE void score(const typename F::Operand* q, const Partition<F>& kv, int64_t num_tiles, int64_t head_dim, float* scores) {
+  int64_t tile = 0;
+  for (; tile + F::LINES <= num_tiles; tile += F::LINES) {
+    score_tiles<F, ROWS, F::LINES>(q, kv, tile, head_dim, scores);
+  }
+  for (; tile < num_tiles; ++tile) score_tiles<F, ROWS, 1>(q, kv, tile, head_dim, scores);
+}
+
+template <class F, int ROWS, int LINES>
+ALWAYS_INLINE void weigh_lines(
+    const typename F::Operand* p, const Partition<F>& kv, int64_t num_tiles, int64_t dim, int64_t head_dim, float* out) {
+  typename F::Sums sums[ROWS][LINES];
+  clear<F, ROWS, LINES>(sums);
+  for (int64_t tile = 0; tile < num_tiles; ++tile) {
+    const typename F::Scalar* lines[LINES];
+    for (int l = 0; l < LINES; ++l) lines[l] = kv.tiles[tile] + TILE * head_dim + (dim + l * TILE) * F::STEP;
+    constexpr int64_t STEPS = TILE / F::STEP;
+    accumulate<F, SCORE_STRIDE, false>(sums, p + tile * STEPS, lines, head_dim * F::STEP, STEPS, lines);
+  }
+  put<F, ROWS, LINES>(sums, out + dim, head_dim);
+}
+
+// out[row] = sum of p[row][token] * v[token] over the first num_tiles tiles. p: [ROWS][SCORE_STRIDE / STEP].
+template <class F, int ROWS>
+NO_INLINE void weigh(const typename F::Operand* p, const Partition<F>& kv, int64_t num_tiles, int64_t head_dim, float* out) {
+  int64_t dim = 0;
+  for (; dim + F::LINES * TILE <= head_dim; dim += F::LINES * TILE) {
+    weigh_lines<F, ROWS, F::LINES>(p, kv, num_tiles, dim, head_dim, out);
+  }
+  for (; dim < head_dim; dim += TILE) weigh_lines<F, ROWS, 1>(p, kv, num_tiles, dim, head_dim, out);
+}
+
+// ---- softmax ----
+
+ALWAYS_INLINE float fused_multiply_add(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// e^x for x up to about 0, to 2 units in the last place; exactly 0 below -87 and for minus infinity; NaN stays NaN.
+// 2^n * e^r with n = round(x / ln 2), r in [-ln 2 / 2, ln 2 / 2] and e^r by its Taylor polynomial, whose next term is
+// below 2^-27. Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits. The compiler vectorises this.
+ALWAYS_INLINE float exp_nonpositive(float x) {
+  const float shifted = fused_multiply_add(x, 1.44269504f, 12582912.0f);
+  const float n = shifted - 12582912.0f;
+  const float r = fused_multiply_add(n, -1.42860677e-6f, fused_multiply_add(n, -0.693145752f, x));
+  float y = fused_multiply_add(r, 1.0f / 720, 1.0f / 120);
+  y = fused_multiply_add(y, r, 1.0f / 24);
+  y = fused_multiply_add(y, r, 1.0f / 6);
+  y = fused_multiply_add(y, r, 0.5f);
+  y = fused_multiply_add(y, r, 1.0f);
+  y = fused_multiply_add(y, r, 1.0f);
+  const uint32_t exponent = std::bit_cast<uint32_t>(shifted) << 23;
+  const float scaled = std::bit_cast<float>(std::bit_cast<uint32_t>(y) + exponent);
+  return x < -87.0f ? 0.0f : scaled;
+}
+
+// A row's softmax over some part of its context, not yet divided by the sum.
+struct Reduced {
+  float maximum = MINUS_INFINITY;
+  float sum = 0.0f;
+};
+
+// 16 running values, folded to one at the end: the order of operations does not depend on how many there were.
+struct Lanes {
+  static constexpr int VECS = TILE / Vec::size();
+  Vec vecs[VECS];
+
+  explicit Lanes(float value) {
+    for (Vec& vec : vecs) vec = Vec(value);
+  }
+  template <class Op>
+  ALWAYS_INLINE void take(const float* values, const Op& op) {
+#pragma GCC unroll 4
+    for (int i = 0; i < VECS; ++i) vecs[i] = op(vecs[i], Vec::loadu(values + i * Vec::size()));
+  }
+  template <class Op>
+  ALWAYS_INLINE float fold(const Op& op) const {
+    alignas(64) float lanes[TILE];
+    for (int i = 0; i < VECS; ++i) vecs[i].store(lanes + i * Vec::size());
+    for (int64_t width = TILE / 2; width > 0; width /= 2) {
+      for (int64_t i = 0; i < width; ++i) lanes[i] = op(lanes[i], lanes[i + width]);
+    }
+    return lanes[0];
+  }
+};
+
+// Turn the scores of one row into probabilities as operands of `weigh`. The first num_valid columns count, the others up
+// to a full tile become 0 whatever they hold.
+template <class F>
+NO_INLINE Reduced softmax(float* scores, int64_t num_valid, int64_t num_columns, float scale, typename F::Operand* p) {
+  num_valid = std::clamp<int64_t>(num_valid, 0, num_columns);
+  std::fill(scores + num_valid, scores + num_columns, MINUS_INFINITY);
+  if (num_valid == 0) {
+    std::fill(p, p + num_columns / F::STEP, typename F::Operand(0));
+    return {};
+  }
+  Lanes maxima(MINUS_INFINITY);
+  for (int64_t first = 0; first < num_columns; first += TILE) {
+    maxima.take(scores + first, [](Vec a, Vec b) { return at::vec::maximum(a, b); });
+  }
+  const float maximum = scale * maxima.fold([](float a, float b) { return a > b ? a : b; });
+  Lanes sums(0.0f);
+  for (int64_t first = 0; first < num_columns; first += TILE) {
+    alignas(64) float values[TILE];
+    for (int64_t i = 0; i < TILE; ++i) {
+      values[i] = exp_nonpositive(fused_multiply_add(scores[first + i], scale, -maximum));
+    }
+    sums.take(values, [](Vec a, Vec b) { return a + b; });
+    F::pack(values, p + first / F::STEP);
+  }
+  return {maximum, sums.fold([](float a, float b) { return a + b; })};
+}
+
+// Add a partition's result to what was reduced before it.
+void merge(Reduced& total, float* total_out, const Reduced& part, const float* part_out, int64_t head_dim) {
+  if (part.sum == 0.0f) return;  // no column of the partition is visible to the row
+  if (total.sum == 0.0f) {
+    total = part;
+    std::copy(part_out, part_out + head_dim, total_out);
+    return;
+  }
+  const float maximum = std::max(total.maximum, part.maximum);
+  const float before = exp_nonpositive(total.maximum - maximum);
+  const float now = exp_nonpositive(part.maximum - maximum);
+  for (int64_t d = 0; d < head_dim; ++d) {
+    total_out[d] = fused_multiply_add(part_out[d], now, total_out[d] * before);
+  }
+  total = {maximum, fused_multiply_add(part.sum, now, total.sum * before)};
+}
+
+// ---- tasks ----
+
+struct Shape {
+  int64_t num_heads, num_kv_heads, head_dim, block_size;
+  int64_t group() const { return num_heads / num_kv_heads; }
+  int64_t tile_size() const { return 2 * TILE * head_dim; }  // K and V
+};
+
+// Rows of one sequence and KV head, and the partitions of their context to reduce.
+struct Task {
+  int64_t seq, kv_head, first_row, num_rows;
+  int64_t first_partition, end_partition;
+  int64_t partials;  // where the partitions' results go, to be merged later; -1: merge here, and write the output
+};
+
+template <class F>
+struct Batch {
+  using Scalar = typename F::Scalar;
+  Shape shape;
+  float scale;
+  const Scalar* q;
+  int64_t q_stride;
+  const Scalar* cache;
+  Scalar* out;
+  const int32_t *cu_seqlens_q, *context_lens, *block_tables;
+  int64_t num_seqs, block_table_stride;
+
+  // Tokens that a row of a sequence sees.
+  int64_t visible(int64_t seq, int64_t row) const {
+    const int64_t num_queries = cu_seqlens_q[seq + 1] - cu_seqlens_q[seq];
+    return context_lens[seq] - num_queries + row / shape.group() + 1;
+  }
+  int64_t head_offset(const Task& task, int64_t row) const {
+    return (task.kv_head * shape.group() + row % shape.group()) * shape.head_dim;
+  }
+  int64_t token(const Task& task, int64_t row) const { return cu_seqlens_q[task.seq] + row / shape.group(); }
+  const Scalar* tile(const Task& task, int64_t position) const {
+    const int64_t block = block_tables[task.seq * block_table_stride + position / shape.block_size];
+    const int64_t tile = (block * shape.num_kv_heads + task.kv_head) * shape.block_size + position % shape.block_size;
+    return cache + tile / TILE * shape.tile_size();
+  }
+  void write(const Task& task, int64_t row, const Reduced& reduced, const float* weighted) const {
+    Scalar* target = out + token(task, row) * shape.num_heads * shape.head_dim + head_offset(task, row);
+    if (reduced.sum == 0.0f) {  // a row that sees nothing
+      std::fill(target, target + shape.head_dim, Scalar(0.0f));
+      return;
+    }
+    const float factor = 1.0f / reduced.sum;
+    for (int64_t d = 0; d < shape.head_dim; ++d) target[d] = static_cast<Scalar>(weighted[d] * factor);
+  }
+};
+
+// One thread's memory and the work on a task.
+template <class F>
+class Worker {
+ public:
+  using Scalar = typename F::Scalar;
+  using Operand = typename F::Operand;
+
+  Worker(const Batch<F>& batch, Reduced* partials, float* partial_outs)
+      : batch_(batch), partials_(partials), partial_outs_(partial_outs), head_dim_(batch.shape.head_dim),
+        q_(ROWS_PER_TASK * QUERY_STRIDE / F::STEP), totals_(ROWS_PER_TASK * head_dim_), out_(F::ROWS * head_dim_),
+        scores_(F::ROWS * SCORE_STRIDE), p_(F::ROWS * SCORE_STRIDE / F::STEP), last_tile_(batch.shape.tile_size()) {}
+
+  void run(const Task& task, const Scalar* next_task) {
+    load_queries(task);
+    for (Reduced& reduced : reduced_) reduced = {};
+    for (int64_t partition = task.first_partition; partition < task.end_partition; ++partition) {
+      find_tiles(task, partition, next_task);
+      for (int64_t row = 0; row < task.num_rows; row += F::ROWS) {
+        reduce_rows(task, partition, row, std::min<int64_t>(F::ROWS, task.num_rows - row));
+      }
+    }
+    if (task.partials >= 0) return;
+    for (int64_t row = 0; row < task.num_rows; ++row) {
+      batch_.write(task, task.first_row + row, reduced_[row], &totals_[row * head_dim_]);
+    }
+  }
+
+ private:
+  void load_queries(const Task& task) {
+    for (int64_t i = 0; i < task.num_rows; ++i) {
+      const int64_t row = task.first_row + i;
+      const Scalar* q = batch_.q + batch_.token(task, row) * batch_.q_stride + batch_.head_offset(task, row);
+      for (int64_t d = 0; d < head_dim_; d += TILE) F::pack(q + d, &q_[(i * QUERY_STRIDE + d) / F::STEP]);
+    }
+  }
+
+  void find_tiles(const Task& task, int64_t partition, const Scalar* next_task) {
+    const int64_t begin = partition * PARTITION;
+    const int64_t visible = batch_.visible(task.seq, task.first_row + task.num_rows - 1);
+    const int64_t end = std::min(visible, begin + PARTITION);
+    kv_.num_tiles = 0;
+    for (int64_t position = begin; position < end; position += TILE) {
+      kv_.tiles[kv_.num_tiles++] = batch_.tile(task, position);
+    }
+    kv_.tiles[kv_.num_tiles] = end < visible ? batch_.tile(task, end) : next_task;
+    const int64_t num_written = batch_.context_lens[task.seq] - (end - 1) / TILE * TILE;  // in the last tile
+    if (num_written < TILE) kv_.tiles[kv_.num_tiles - 1] = without_unwritten(kv_.tiles[kv_.num_tiles - 1], num_written);
+  }
+
+  // A copy of a tile with V of 0 behind its first tokens.
+  const Scalar* without_unwritten(const Scalar* tile, int64_t num_written) {
+    std::copy(tile, tile + batch_.shape.tile_size(), last_tile_.data());
+    Scalar* v = last_tile_.data() + TILE * head_dim_;
+    for (int64_t token = num_written; token < TILE; ++token) {
+      for (int64_t d = 0; d < head_dim_; ++d) {
+        v[(token / F::STEP * head_dim_ + d) * F::STEP + token % F::STEP] = Scalar(0.0f);
+      }
+    }
+    return last_tile_.data();
+  }
+
+  // Reduce a partition for a tile of rows, from `row` of the task on.
+  void reduce_rows(const Task& task, int64_t partition, int64_t row, int64_t num_rows) {
+    const int64_t begin = partition * PARTITION;
+    const int64_t visible = batch_.visible(task.seq, task.first_row + row + num_rows - 1) - begin;
+    const int64_t num_tiles = std::clamp<int64_t>((visible + TILE - 1) / TILE, 0, kv_.num_tiles);
+    Reduced parts[F::ROWS];
+    if (num_tiles > 0) compute(row, num_rows, num_tiles, [&](int64_t i) {
+      const int64_t num_valid = batch_.visible(task.seq, task.first_row + row + i) - begin;
+      parts[i] = softmax<F>(
+          &scores_[i * SCORE_STRIDE], num_valid, num_tiles * TILE, batch_.scale, &p_[i * SCORE_STRIDE / F::STEP]);
+    });
+    for (int64_t i = 0; i < num_rows; ++i) {
+      const float* out = &out_[i * head_dim_];
+      if (task.partials < 0) {
+        merge(reduced_[row + i], &totals_[(row + i) * head_dim_], parts[i], out, head_dim_);
+      } else {
+        const int64_t index = task.partials + (partition - task.first_partition) * task.num_rows + row + i;
+        partials_[index] = parts[i];
+        if (parts[i].sum != 0.0f) std::copy(out, out + head_dim_, partial_outs_ + index * head_dim_);
+      }
+    }
+  }
+
+  // Scores, softmax of each row, weighted sum of V: by the smallest kernel that has the rows.
+  template <class Softmax>
+  void compute(int64_t row, int64_t num_rows, int64_t num_tiles, const Softmax& softmax_of) {
+    const auto with_rows = [&]<int ROWS>() {
+      const Operand* q = &q_[row * QUERY_STRIDE / F::STEP];
+      score<F, ROWS>(q, kv_, num_tiles, head_dim_, scores_.data());
+      for (int64_t i = 0; i < num_rows; ++i) softmax_of(i);
+      weigh<F, ROWS>(p_.data(), kv_, num_tiles, head_dim_, out_.data());
+    };
+    if (num_rows == 1) return with_rows.template operator()<1>();
+    if (num_rows == 2) return with_rows.template operator()<2>();
+    if (num_rows == 3) return with_rows.template operator()<3>();
+    if (num_rows == 4) return with_rows.template operator()<4>();
+    if (num_rows <= 6) return with_rows.template operator()<6>();
+    if constexpr (F::ROWS == 12) {
+      if (num_rows <= 8) return with_rows.template operator()<8>();
+      return with_rows.template operator()<12>();
+    }
+  }
+
+  const Batch<F>& batch_;
+  Reduced* partials_;
+  float* partial_outs_;
+  const int64_t head_dim_;
+  Partition<F> kv_;
+  Reduced reduced_[ROWS_PER_TASK];
+  std::vector<Operand> q_;         // [ROWS_PER_TASK, QUERY_STRIDE / STEP]
+  std::vector<float> totals_;      // [ROWS_PER_TASK, head_dim]
+  std::vector<float> out_;         // [ROWS, head_dim]: of the partition
+  std::vector<float> scores_;      // [ROWS, SCORE_STRIDE]
+  std::vector<Operand> p_;         // [ROWS, SCORE_STRIDE / STEP]
+  std::vector<Scalar> last_tile_;  // a tile without what was never written
+};
+
+// All tasks of a step, each over its whole context.
+template <class F>
+std::vector<Task> list_tasks(const Batch<F>& batch) {
+  std::vector<Task> tasks;
+  for (int64_t seq = 0; seq < batch.num_seqs; ++seq) {
+    const int64_t rows = (batch.cu_seqlens_q[seq + 1] - batch.cu_seqlens_q[seq]) * batch.shape.group();
+    for (int64_t kv_head = 0; kv_head < batch.shape.num_kv_heads; ++kv_head) {
+      for (int64_t first = 0; first < rows; first += ROWS_PER_TASK) {
+        const int64_t num_rows = std::min(ROWS_PER_TASK, rows - first);
+        const int64_t visible = batch.visible(seq, first + num_rows - 1);
+        tasks.push_back({seq, kv_head, first, num_rows, 0, (visible + PARTITION - 1) / PARTITION, -1});
+      }
+    }
+  }
+  return tasks;
+}
+
+template <class F>
+int64_t cost(const Task& task) {
+  return (task.num_rows + F::ROWS - 1) / F::ROWS * (task.end_partition - task.first_partition);
+}
+
+// Split what is more than a quarter of a thread's share, between partitions.
+// Returns the tasks to run; `split` gets the tasks that were split, to be merged, and `num_partials` grows.
+template <class F>
+std::vector<Task> split_tasks(const std::vector<Task>& whole, std::vector<Task>& split, int64_t& num_partials) {
+  int64_t total = 0;
+  for (const Task& task : whole) total += cost<F>(task);
+  const int64_t largest = std::max<int64_t>(1, total / (4 * at::get_num_threads()));
+  std::vector<Task> tasks;
+  for (Task task : whole) {
+    if (cost<F>(task) <= largest || at::get_num_threads() == 1) {
+      tasks.push_back(task);
+      continue;
+    }
+    const int64_t end = task.end_partition;
+    const int64_t span = std::max<int64_t>(1, largest * end / cost<F>(task));
+    task.partials = num_partials;
+    split.push_back(task);
+    for (; task.first_partition < end; task.first_partition += span) {
+      task.end_partition = std::min(end, task.first_partition + span);
+      tasks.push_back(task);
+      task.partials += (task.end_partition - task.first_partition) * task.num_rows;
+    }
+    num_partials = task.partials;
+  }
+  return tasks;
+}
+
+// Run work() on the threads of torch's pool, on no more of them than there are tasks.
+template <class Work>
+void on_all_threads(int64_t num_tasks, const Work& work) {
+  at::parallel_for(0, std::min<int64_t>(num_tasks, at::get_num_threads()), 1, [&](int64_t begin, int64_t end) {
+    if (begin < end) work();
+  });
+}
+
+template <class F>
+void merge_partials(const Batch<F>& batch, const Task& task, const Reduced* partials, const float* outs) {
+  const int64_t head_dim = batch.shape.head_dim;
+  std::vector<float> total_out(head_dim);
+  for (int64_t row = 0; row < task.num_rows; ++row) {
+    Reduced total;
+    for (int64_t partition = 0; partition < task.end_partition; ++partition) {
+      const int64_t index = task.partials + partition * task.num_rows + row;
+      merge(total, total_out.data(), partials[index], outs + index * head_dim, head_dim);
+    }
+    batch.write(task, task.first_row + row, total, total_out.data());
+  }
+}
+
+template <class F>
+void attend_batch(const Batch<F>& batch) {
+  std::vector<Task> split;
+  int64_t num_partials = 0;
+  const std::vector<Task> tasks = split_tasks<F>(list_tasks<F>(batch), split, num_partials);
+  std::vector<Reduced> partials(num_partials);
+  const std::unique_ptr<float[]> partial_outs(new float[num_partials * batch.shape.head_dim]);
+  const int64_t num_tasks = tasks.size();
+  std::atomic<int64_t> counter{0};
+  on_all_threads(num_tasks, [&] {
+    Worker<F> worker(batch, partials.data(), partial_outs.get());
+    int64_t next = counter++;
+    while (next < num_tasks) {
+      const Task& task = tasks[next];
+      next = counter++;  // known before the work begins, so that its first tile can be fetched at the end
+      const bool has_next = next < num_tasks && tasks[next].end_partition > tasks[next].first_partition;
+      worker.run(task, has_next ? batch.tile(tasks[next], tasks[next].first_partition * PARTITION) : batch.cache);
+    }
+  });
+  at::parallel_for(0, split.size(), 1, [&](int64_t begin, int64_t end) {
+    for (; begin < end; ++begin) merge_partials<F>(batch, split[begin], partials.data(), partial_outs.get());
+  });
+}
+
+// ---- store ----
+
+template <class F>
+void store_tokens(
+    const at::Tensor& k, const at::Tensor& v, at::Tensor& cache, const at::Tensor& slot_mapping, const Shape& shape) {
+  using Scalar = typename F::Scalar;
+  const Scalar *k_data = k.const_data_ptr<Scalar>(), *v_data = v.const_data_ptr<Scalar>();
+  const int64_t* slots = slot_mapping.const_data_ptr<int64_t>();
+  const int64_t num_tokens = k.size(0), k_stride = k.stride(0), v_stride = v.stride(0), head_dim = shape.head_dim;
+  Scalar* cache_data = cache.mutable_data_ptr<Scalar>();
+  const auto store_one = [&](int64_t token, int64_t head) {
+    const int64_t slot = slots[token];
+    if (slot < 0) return;
+    const int64_t block = slot / shape.block_size, offset = slot % shape.block_size, t = offset % TILE;
+    const int64_t tile = ((block * shape.num_kv_heads + head) * shape.block_size + offset) / TILE;
+    Scalar* k_tile = cache_data + tile * shape.tile_size() + t * F::STEP;
+    Scalar* v_tile = cache_data + tile * shape.tile_size() + TILE * head_dim + t / F::STEP * head_dim * F::STEP + t % F::STEP;
+    const Scalar* k_head = k_data + token * k_stride + head * head_dim;
+    const Scalar* v_head = v_data + token * v_stride + head * head_dim;
+    for (int64_t d = 0; d < head_dim; d += F::STEP) {
+      for (int64_t i = 0; i < F::STEP; ++i) k_tile[d * TILE + i] = k_head[d + i];
+    }
+    for (int64_t d = 0; d < head_dim; ++d) v_tile[d * F::STEP] = v_head[d];
+  };
+  // A unit is 16 tokens of one head: prompts fill a tile while it is in the L1 cache.
+  const int64_t chunks = (num_tokens + TILE - 1) / TILE;
+  at::parallel_for(0, chunks * shape.num_kv_heads, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t first = unit / shape.num_kv_heads * TILE;
+      for (int64_t token = first; token < std::min(first + TILE, num_tokens); ++token) {
+        store_one(token, unit % shape.num_kv_heads);
+      }
+    }
+  });
+}
+
+// ---- operators ----
+
+// Call body.operator()<Format>() for the dtype's format.
+template <class Body>
+void with_format(at::ScalarType dtype, const Body& body) {
+  switch (dtype) {
+    case at::kFloat:
+      return body.template operator()<FloatFormat<float>>();
+    case at::kHalf:
+      return body.template operator()<FloatFormat<at::Half>>();
+    case at::kBFloat16:
+#ifdef NANOVLLM_BF16_DOT
+      return body.template operator()<Bf16DotFormat>();
+#else
+      return body.template operator()<FloatFormat<at::BFloat16>>();
+#endif
+    default:
+      TORCH_CHECK(false, "no kernel for ", dtype);
+  }
+}
+
+void check_heads(const at::Tensor& tensor, const at::Tensor& cache, const char* name) {
+  TORCH_CHECK(tensor.dim() == 3 && tensor.scalar_type() == cache.scalar_type(), name, " does not fit the cache");
+  const bool together = tensor.stride(2) == 1 && (tensor.size(1) == 1 || tensor.stride(1) == tensor.size(2));
+  TORCH_CHECK(together, name, ": the heads of a token must lie together");
+}
+
+// cache: [num_blocks, num_kv_heads, block_size / 16, 2, 16 * head_dim].
+Shape shape_of(const at::Tensor& cache, int64_t num_heads) {
+  TORCH_CHECK(cache.dim() == 5 && cache.is_contiguous(), "not a cache of this backend");
+  TORCH_CHECK(cache.size(4) <= TILE * MAX_HEAD_DIM, "heads have ", MAX_HEAD_DIM, " dimensions at most");
+  return {num_heads, cache.size(1), cache.size(4) / TILE, cache.size(2) * TILE};
+}
+
+void store(const at::Tensor& k, const at::Tensor& v, at::Tensor cache, const at::Tensor& slot_mapping) {
+  check_heads(k, cache, "k");
+  check_heads(v, cache, "v");
+  TORCH_CHECK(slot_mapping.scalar_type() == at::kLong && slot_mapping.is_contiguous(), "slot_mapping must be int64");
+  TORCH_CHECK(slot_mapping.size(0) == k.size(0) && v.sizes() == k.sizes(), "k, v and slot_mapping differ in length");
+  const Shape shape = shape_of(cache, k.size(1));
+  TORCH_CHECK(k.size(1) == shape.num_kv_heads && k.size(2) == shape.head_dim, "k does not fit the cache");
+  with_format(cache.scalar_type(), [&]<class F>() { store_tokens<F>(k, v, cache, slot_mapping, shape); });
+}
+
+void attend(
+    const at::Tensor& q, const at::Tensor& cache, at::Tensor out, const at::Tensor& cu_seqlens_q,
+    const at::Tensor& context_lens, const at::Tensor& block_tables, double scale) {
+  check_heads(q, cache, "q");
+  TORCH_CHECK(out.is_contiguous() && out.sizes() == q.sizes() && out.dtype() == q.dtype(), "out must be like q");
+  const Shape shape = shape_of(cache, q.size(1));
+  TORCH_CHECK(q.size(2) == shape.head_dim && q.size(1) % shape.num_kv_heads == 0, "q does not fit the cache");
+  TORCH_CHECK(block_tables.stride(1) == 1 || block_tables.size(1) == 1, "rows of block_tables must be contiguous");
+  const int64_t num_seqs = context_lens.size(0);
+  TORCH_CHECK(cu_seqlens_q.size(0) == num_seqs + 1 && block_tables.size(0) == num_seqs, "not one batch");
+  with_format(q.scalar_type(), [&]<class F>() {
+    using Scalar = typename F::Scalar;
+    attend_batch<F>({
+        shape, static_cast<float>(scale), q.const_data_ptr<Scalar>(), q.stride(0), cache.const_data_ptr<Scalar>(),
+        out.mutable_data_ptr<Scalar>(), cu_seqlens_q.const_data_ptr<int32_t>(), context_lens.const_data_ptr<int32_t>(),
+        block_tables.const_data_ptr<int32_t>(), num_seqs, block_tables.stride(0)});
+  });
+}
+
+}  // namespace
+
+// NANOVLLM_OPS: the namespace of the operators, of each build its own.
+TORCH_LIBRARY(NANOVLLM_OPS, library) {
+  library.def("store(Tensor k, Tensor v, Tensor(a!) cache, Tensor slot_mapping) -> ()", &store);
+  library.def(
+      "attend(Tensor q, Tensor cache, Tensor(a!) out, Tensor cu_seqlens_q, Tensor context_lens, Tensor block_tables, "
+      "float scale) -> ()",
+      &attend);
+}
