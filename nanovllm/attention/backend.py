@@ -88,6 +88,7 @@ class _Entry(NamedTuple):
 
 # In the order in which "auto" tries them.
 BACKENDS = {
+    "triton": _Entry("nanovllm.attention.triton", "TritonBackend", ("cuda",)),
     "torch_reference": _Entry("nanovllm.attention.torch_reference", "TorchReferenceBackend", ("cpu", "cuda")),
 }
 
@@ -112,10 +113,11 @@ def choose_backend(name: str, make_spec: Callable[[type[AttentionBackend]], Atte
     refusals: list[str] = []
     for candidate, entry in BACKENDS.items():
         backend_class, spec, reason = _consider(candidate, make_spec)
-        if reason is None and spec.device.type not in entry.devices:
-            reason = f"not meant for {spec.device.type}"
+        if spec.device.type not in entry.devices:
+            continue  # it might run there, for those who ask for it, but never well
         if reason is None:
-            logger.info("attention backend: %s%s", candidate, "".join(f" ({r})" for r in refusals))
+            why = f" ({'; '.join(refusals)})" if refusals else f" (the first choice on {spec.device.type})"
+            logger.info("attention backend: %s%s", candidate, why)
             return backend_class(spec)
         refusals.append(f"{candidate}: {reason}")
     raise ValueError(f"no attention backend can be used here: {'; '.join(refusals)}")
