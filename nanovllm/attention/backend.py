@@ -88,6 +88,7 @@ class _Entry(NamedTuple):
 
 # In the order in which "auto" tries them.
 BACKENDS = {
+    "flash_attn": _Entry("nanovllm.attention.flash_attn", "FlashAttnBackend", ("cuda",)),
     "triton": _Entry("nanovllm.attention.triton", "TritonBackend", ("cuda",)),
     "torch_reference": _Entry("nanovllm.attention.torch_reference", "TorchReferenceBackend", ("cpu", "cuda")),
 }
@@ -114,7 +115,7 @@ def choose_backend(name: str, make_spec: Callable[[type[AttentionBackend]], Atte
     for candidate, entry in BACKENDS.items():
         backend_class, spec, reason = _consider(candidate, make_spec)
         if spec.device.type not in entry.devices:
-            continue  # it might run there, for those who ask for it, but never well
+            continue  # it might run there, for those who ask for it, but not well
         if reason is None:
             why = f" ({'; '.join(refusals)})" if refusals else f" (the first choice on {spec.device.type})"
             logger.info("attention backend: %s%s", candidate, why)
