@@ -40,6 +40,7 @@ class AttentionBackend(ABC):
     """Paged attention for one model on one rank."""
 
     DEFAULT_BLOCK_SIZE: ClassVar[int] = 16
+    CAN_BE_CAPTURED: ClassVar[bool] = False  # in a CUDA graph: nothing in a decode looks at a tensor's values on the host
 
     def __init__(self, spec: AttentionSpec) -> None:
         self.spec = spec

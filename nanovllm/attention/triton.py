@@ -7,7 +7,7 @@ the work is in `triton_kernels`.
 import math
 import os
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,6 +54,8 @@ def _block_n(row_bytes: int) -> int:
 
 class TritonBackend(AttentionBackend):
     """Long queries and queries of one token go to a kernel each, in whatever mixture a batch has them."""
+
+    CAN_BE_CAPTURED: ClassVar[bool] = True
 
     @staticmethod
     def why_not(spec: AttentionSpec) -> str | None:

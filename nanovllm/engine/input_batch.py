@@ -35,6 +35,25 @@ class StepInputs:
     uniforms: NDArray[np.float32]  # [num_sampled]
 
 
+def idle_inputs() -> StepInputs:
+    """A decode step of no sequences."""
+    int64, int32, float32 = np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32)
+    return StepInputs(
+        input_ids=int64,
+        positions=int64,
+        slot_mapping=int64,
+        cu_seqlens_q=np.zeros(1, np.int32),
+        context_lens=int32,
+        block_tables=np.zeros((0, 0), np.int32),
+        max_seqlen_q=1,
+        max_context_len=0,
+        sampled_rows=int64,
+        logits_indices=int64,
+        temperatures=float32,
+        uniforms=float32,
+    )
+
+
 class InputBatch:
     """The rows of the running sequences.
 
@@ -46,8 +65,10 @@ class InputBatch:
 
     def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
         self.block_size = block_size
+        self.max_num_seqs = max_num_seqs
+        self.max_blocks = -(-max_model_len // block_size)  # of one sequence
         self.token_ids = np.zeros((max_num_seqs, max_model_len), np.int32)
-        self.block_tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int32)
+        self.block_tables = np.zeros((max_num_seqs, self.max_blocks), np.int32)
         self.num_blocks = np.zeros(max_num_seqs, np.int32)
         self.num_tokens = np.zeros(max_num_seqs, np.int64)
         self.num_prompt_tokens = np.zeros(max_num_seqs, np.int64)

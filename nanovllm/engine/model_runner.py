@@ -10,13 +10,15 @@ from torch import Tensor
 
 from nanovllm.attention.backend import AttentionBackend, AttentionSpec, choose_backend
 from nanovllm.config import DEFAULT_BATCHED_TOKENS, EngineConfig
-from nanovllm.engine.input_batch import InputBatch, StepInputs
+from nanovllm.engine.cuda_graph import Capture, CudaCapture, DecodeGraphs, Run, graph_sizes
+from nanovllm.engine.input_batch import InputBatch, StepInputs, idle_inputs
+from nanovllm.engine.input_buffer import InputBuffer, StepTensors
 from nanovllm.engine.kv_cache import allocate_kv_cache, decide_num_blocks
 from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.layers.sampler import sample
 from nanovllm.models import get_model_class
 from nanovllm.models.config import ModelConfig
-from nanovllm.utils.context import AttentionMetadata, ForwardContext, forward_context
+from nanovllm.utils.context import ForwardContext, forward_context
 from nanovllm.utils.device import choose_device, choose_dtype
 from nanovllm.utils.loader import load_weights, materialize
 from nanovllm.utils.ranks import Ranks
@@ -61,7 +63,12 @@ class ModelRunner:
         self.num_kvcache_blocks = decide_num_blocks(config, self.backend.spec, model_config.num_layers, max_model_len)
         self.kv_cache = allocate_kv_cache(self.backend, model_config.num_layers, self.num_kvcache_blocks)
         self.max_num_batched_tokens = config.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[self.device.type]
+        self.max_model_len = max_model_len
         self.input_batch = InputBatch(config.max_num_seqs, max_model_len, self.block_size)
+        self.input_buffer = self._make_input_buffer(config.max_num_seqs)
+        self.graphs: DecodeGraphs | None = None
+        if self.device.type == "cuda" and not config.enforce_eager and self.backend.CAN_BE_CAPTURED:
+            self.capture_graphs(CudaCapture())
         logger.info("%s, %s, %d KV blocks of %d", self.device, self.dtype, self.num_kvcache_blocks, self.block_size)
 
     @torch.inference_mode()
@@ -75,29 +82,51 @@ class ModelRunner:
             FloatingPointError: a request's logits are NaN or infinite.
         """
         inputs = self.input_batch.apply(batch)
-        context = ForwardContext(self._metadata(inputs), self.backend, self.kv_cache)
-        with forward_context(context):
-            hidden_states = self.model(self._tensor(inputs.input_ids), self._tensor(inputs.positions))
+        hidden_states, step = self._compute(inputs)
         if len(inputs.sampled_rows) == 0:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # the input buffer is free again; elsewhere reading the tokens does it
             return np.zeros(0, np.int64)
-        logits = self.model.compute_logits(hidden_states[self._tensor(inputs.logits_indices)])
-        sampled = sample(logits, self._tensor(inputs.temperatures), self._tensor(inputs.uniforms))
-        token_ids: NDArray[np.int64] = sampled.cpu().numpy()
+        logits = self.model.compute_logits(hidden_states[step.logits_indices])
+        token_ids: NDArray[np.int64] = sample(logits, step.temperatures, step.uniforms).cpu().numpy()
         if token_ids.min() < 0:
             seq_id = self.input_batch.seq_ids[inputs.sampled_rows[token_ids.argmin()]]
             raise FloatingPointError(f"the logits of request {seq_id} are NaN or infinite: are the weights sound?")
         self.input_batch.append(inputs.sampled_rows, token_ids)
         return token_ids
 
-    def _metadata(self, inputs: StepInputs) -> AttentionMetadata:
-        return AttentionMetadata(
-            cu_seqlens_q=self._tensor(inputs.cu_seqlens_q),
-            context_lens=self._tensor(inputs.context_lens),
-            block_tables=self._tensor(inputs.block_tables),
-            slot_mapping=self._tensor(inputs.slot_mapping),
-            max_seqlen_q=inputs.max_seqlen_q,
-            max_context_len=inputs.max_context_len,
-        )
+    def _compute(self, inputs: StepInputs) -> tuple[Tensor, StepTensors]:
+        """Hidden states [at least num_tokens, hidden_size]: by replaying a graph where there is one for the batch."""
+        num_seqs = len(inputs.context_lens)
+        size = self.graphs.size_for(num_seqs) if self.graphs is not None and inputs.max_seqlen_q == 1 else None
+        if self.graphs is None or size is None:
+            step = self.input_buffer.upload(inputs)
+            return self._forward(step), step
+        step = self._upload_decode(inputs, size)
+        return self.graphs.replay(size), step
 
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
+    def _forward(self, step: StepTensors) -> Tensor:
+        with forward_context(ForwardContext(step.metadata, self.backend, self.kv_cache)):
+            hidden_states: Tensor = self.model(step.input_ids, step.positions)
+        return hidden_states
+
+    @torch.inference_mode()
+    def capture_graphs(self, capture: Capture) -> None:
+        """Capture decode steps of every size; from now on decode batches replay them."""
+
+        def make_run(size: int) -> Run:
+            step = self._upload_decode(idle_inputs(), size)
+            return lambda: self._forward(step)
+
+        self.graphs = DecodeGraphs(graph_sizes(self.input_batch.max_num_seqs), make_run, capture)
+
+    def _upload_decode(self, inputs: StepInputs, size: int) -> StepTensors:
+        return self.input_buffer.upload_decode(inputs, size, self.input_batch.max_blocks, self.max_model_len)
+
+    def _make_input_buffer(self, max_num_seqs: int) -> InputBuffer:
+        num_bytes = InputBuffer.num_bytes(self.max_num_batched_tokens, max_num_seqs, self.input_batch.max_blocks)
+        if self.device.type == "cpu":
+            both = torch.zeros(num_bytes, dtype=torch.uint8)
+            return InputBuffer(both, both)
+        host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
+        return InputBuffer(host, torch.zeros(num_bytes, dtype=torch.uint8, device=self.device))
