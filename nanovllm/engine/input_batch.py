@@ -35,22 +35,29 @@ class StepInputs:
     uniforms: NDArray[np.float32]  # [num_sampled]
 
 
-def idle_inputs() -> StepInputs:
-    """A decode step of no sequences."""
-    int64, int32, float32 = np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32)
+def placeholder_inputs(seqlens_q: list[int], context_len: int, max_blocks: int) -> StepInputs:
+    """A step in the shape of a real one that writes nothing: for warm-up and capture.
+
+    Args:
+        seqlens_q: tokens of each sequence; the last token of each is sampled.
+        context_len: of every sequence; all its blocks are block 0.
+        max_blocks: columns of the block tables.
+    """
+    num_seqs, num_tokens = len(seqlens_q), sum(seqlens_q)
+    cu_seqlens_q = np.cumsum([0, *seqlens_q], dtype=np.int32)
     return StepInputs(
-        input_ids=int64,
-        positions=int64,
-        slot_mapping=int64,
-        cu_seqlens_q=np.zeros(1, np.int32),
-        context_lens=int32,
-        block_tables=np.zeros((0, 0), np.int32),
-        max_seqlen_q=1,
-        max_context_len=0,
-        sampled_rows=int64,
-        logits_indices=int64,
-        temperatures=float32,
-        uniforms=float32,
+        input_ids=np.zeros(num_tokens, np.int64),
+        positions=np.zeros(num_tokens, np.int64),
+        slot_mapping=np.full(num_tokens, -1),
+        cu_seqlens_q=cu_seqlens_q,
+        context_lens=np.full(num_seqs, context_len, np.int32),
+        block_tables=np.zeros((num_seqs, max_blocks), np.int32),
+        max_seqlen_q=max(seqlens_q, default=1),
+        max_context_len=context_len,
+        sampled_rows=np.zeros(num_seqs, np.int64),
+        logits_indices=cu_seqlens_q[1:].astype(np.int64) - 1,
+        temperatures=np.ones(num_seqs, np.float32),
+        uniforms=np.zeros(num_seqs, np.float32),
     )
 
 

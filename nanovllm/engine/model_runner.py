@@ -1,6 +1,7 @@
 """ModelRunner: one rank. It owns the model, the KV cache and the rows of the running sequences."""
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 from nanovllm.attention.backend import AttentionBackend, AttentionSpec, choose_backend
 from nanovllm.config import DEFAULT_BATCHED_TOKENS, EngineConfig
 from nanovllm.engine.cuda_graph import Capture, CudaCapture, DecodeGraphs, Run, graph_sizes
-from nanovllm.engine.input_batch import InputBatch, StepInputs, idle_inputs
+from nanovllm.engine.input_batch import InputBatch, StepInputs, placeholder_inputs
 from nanovllm.engine.input_buffer import InputBuffer, StepTensors
 from nanovllm.engine.kv_cache import allocate_kv_cache, decide_num_blocks
 from nanovllm.engine.scheduler import ScheduledBatch
@@ -60,12 +61,15 @@ class ModelRunner:
 
         self.backend = choose_backend(config.attention_backend, make_spec)
         self.block_size = self.backend.spec.block_size
-        self.num_kvcache_blocks = decide_num_blocks(config, self.backend.spec, model_config.num_layers, max_model_len)
-        self.kv_cache = allocate_kv_cache(self.backend, model_config.num_layers, self.num_kvcache_blocks)
-        self.max_num_batched_tokens = config.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[self.device.type]
         self.max_model_len = max_model_len
+        self.max_num_batched_tokens = config.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[self.device.type]
         self.input_batch = InputBatch(config.max_num_seqs, max_model_len, self.block_size)
         self.input_buffer = self._make_input_buffer(config.max_num_seqs)
+        num_layers = model_config.num_layers
+        self.num_kvcache_blocks = decide_num_blocks(
+            config, self.backend.spec, num_layers, max_model_len, partial(self.compute_largest_steps, num_layers)
+        )
+        self.kv_cache = allocate_kv_cache(self.backend, num_layers, self.num_kvcache_blocks)
         self.graphs: DecodeGraphs | None = None
         if self.device.type == "cuda" and not config.enforce_eager and self.backend.CAN_BE_CAPTURED:
             self.capture_graphs(CudaCapture())
@@ -87,8 +91,7 @@ class ModelRunner:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # the input buffer is free again; elsewhere reading the tokens does it
             return np.zeros(0, np.int64)
-        logits = self.model.compute_logits(hidden_states[step.logits_indices])
-        token_ids: NDArray[np.int64] = sample(logits, step.temperatures, step.uniforms).cpu().numpy()
+        token_ids: NDArray[np.int64] = self._sample(hidden_states, step).cpu().numpy()
         if token_ids.min() < 0:
             seq_id = self.input_batch.seq_ids[inputs.sampled_rows[token_ids.argmin()]]
             raise FloatingPointError(f"the logits of request {seq_id} are NaN or infinite: are the weights sound?")
@@ -110,12 +113,32 @@ class ModelRunner:
             hidden_states: Tensor = self.model(step.input_ids, step.positions)
         return hidden_states
 
+    def _sample(self, hidden_states: Tensor, step: StepTensors) -> Tensor:
+        logits = self.model.compute_logits(hidden_states[step.logits_indices])
+        return sample(logits, step.temperatures, step.uniforms)
+
+    @torch.inference_mode()
+    def compute_largest_steps(self, num_layers: int) -> None:
+        """Compute the steps that need most memory, before there is a KV cache: most tokens, and most and longest decodes.
+
+        The cache is one block, of which they read whatever it holds; what comes out is of no use.
+        """
+        self.kv_cache = allocate_kv_cache(self.backend, num_layers, 1)
+        num_seqs = self.input_batch.max_num_seqs
+        num_tokens = min(self.max_num_batched_tokens, num_seqs * self.max_model_len)
+        num_seqs = min(num_seqs, num_tokens)
+        most_tokens = [num_tokens // num_seqs + (index < num_tokens % num_seqs) for index in range(num_seqs)]
+        for seqlens_q in (most_tokens, [1] * num_seqs):
+            inputs = placeholder_inputs(seqlens_q, self.max_model_len, self.input_batch.max_blocks)
+            step = self.input_buffer.upload(inputs)
+            self._sample(self._forward(step), step).cpu()  # waits: the input buffer is used again
+
     @torch.inference_mode()
     def capture_graphs(self, capture: Capture) -> None:
         """Capture decode steps of every size; from now on decode batches replay them."""
 
         def make_run(size: int) -> Run:
-            step = self._upload_decode(idle_inputs(), size)
+            step = self._upload_decode(placeholder_inputs([], 0, 0), size)
             return lambda: self._forward(step)
 
         self.graphs = DecodeGraphs(graph_sizes(self.input_batch.max_num_seqs), make_run, capture)
