@@ -4,6 +4,7 @@
     python bench.py --model PATH --num-seqs 96 --input-len 50 256 --output-len 50 256
     python bench.py --shared-prefix 1024 --repeat 3 --json result.json --plot result.png
     python bench.py --engine transformers                  # a peer on the same work; it must be installed here
+    python bench.py --host-overhead                        # what a decode step costs in Python, without a model
 
 Engines are compared by the ratio of medians of the same work on the same machine, run in turn.
 """
@@ -17,12 +18,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from random import Random
 from typing import Any
 
 import torch
 
+from benchmarks.host_overhead import print_host_overhead
 from example import choose_model
 from nanovllm import LLM, SamplingParams
 
@@ -203,12 +205,13 @@ def describe_machine() -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
     }
-    for package in ("nano-vllm", "torch", "transformers", "vllm"):
-        try:
-            machine[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return machine
+    return machine | installed_versions("nano-vllm", "torch", "transformers", "triton", "flash-attn", "vllm")
+
+
+def installed_versions(*names: str) -> dict[str, str]:
+    """Of those packages that are here."""
+    found = {dist.name: dist.version for dist in distributions()}
+    return {name: found[name] for name in names if name in found}
 
 
 def plot(path: str, run: Measurement, title: str) -> None:
@@ -248,6 +251,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--repeat", type=int, default=1, help="runs; the table shows medians")
     parser.add_argument("--json", metavar="FILE", help="write results, hardware, versions and workload")
+    parser.add_argument("--host-overhead", action="store_true", help="measure schedule, inputs and update alone")
     parser.add_argument("--plot", metavar="FILE.png", help="draw throughput over time (needs matplotlib)")
     args = parser.parse_args()
     if args.plot and args.engine != "nanovllm":
@@ -255,9 +259,19 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def write_json(path: str | None, content: object) -> None:
+    """Where it was asked for."""
+    if path:
+        with open(path, "w") as file:
+            json.dump(content, file, indent=2)
+
+
 def main() -> None:
     """Measure, print, write."""
     args = parse_args()
+    if args.host_overhead:
+        write_json(args.json, print_host_overhead())
+        return
     workload = Workload(args.num_seqs, tuple(args.input_len), tuple(args.output_len), args.shared_prefix, args.temperature)
     model = str(choose_model(args.model))
     measure = ENGINES[args.engine](model, workload, args)
@@ -266,10 +280,8 @@ def main() -> None:
     print(f"{args.engine}, {model}, {machine['hardware']}")
     for name, value in summary.items():
         print(f"  {name:24s} {'-' if value is None else value}")
-    if args.json:
-        record = {"engine": args.engine, "model": model, "machine": machine, "workload": asdict(workload), **summary}
-        with open(args.json, "w") as file:
-            json.dump(record, file, indent=2)
+    record = {"engine": args.engine, "model": model, "machine": machine, "workload": asdict(workload), **summary}
+    write_json(args.json, record)
     if args.plot:
         plot(args.plot, runs[-1], f"{args.engine}, {args.num_seqs} requests, {machine['hardware']}")
 

@@ -5,7 +5,9 @@ takes it to the device, and the tensors are views of the buffer there. Equal sha
 captured CUDA graph needs of its inputs. On a CPU both buffers are the same memory, and nothing is copied.
 """
 
+import math
 from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +18,9 @@ from nanovllm.engine.input_batch import StepInputs
 from nanovllm.utils.context import AttentionMetadata
 
 ALIGNMENT = 16  # bytes
+MAX_LAYOUTS = 128  # that are remembered: more than there are graphs
+
+Array = TypeVar("Array")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +46,7 @@ class InputBuffer:
 
     def __init__(self, host: Tensor, device: Tensor) -> None:
         self._host, self._device = host, device
-        self._bytes: NDArray[np.uint8] = host.numpy()
-        self._end = 0
+        self._layouts: dict[tuple[int, int, int, int], _Layout] = {}
 
     @staticmethod
     def num_bytes(max_num_tokens: int, max_num_seqs: int, max_blocks: int) -> int:
@@ -61,56 +65,89 @@ class InputBuffer:
         return self._upload(inputs, num_rows, max_blocks, max_context_len)
 
     def _upload(self, inputs: StepInputs, num_rows: int, max_blocks: int, max_context_len: int) -> StepTensors:
-        num_padding = num_rows - len(inputs.context_lens)
-        num_tokens = len(inputs.input_ids) + num_padding
-        starts = np.arange(num_rows + 1, dtype=np.int32) if num_padding else inputs.cu_seqlens_q
-        self._end = 0
-        offsets = (
-            self._pack(inputs.input_ids, num_tokens),
-            self._pack(inputs.positions, num_tokens),
-            self._pack(inputs.slot_mapping, num_tokens, fill=-1),
-            self._pack(starts, num_rows + 1),
-            self._pack(inputs.context_lens, num_rows),
-            self._pack_tables(inputs.block_tables, num_rows, max_blocks),
-            # What differs in number from what runs comes last: it moves nothing else.
-            self._pack(inputs.logits_indices, len(inputs.logits_indices)),
-            self._pack(inputs.temperatures, len(inputs.temperatures)),
-            self._pack(inputs.uniforms, len(inputs.uniforms)),
-        )
+        num_seqs, width = inputs.block_tables.shape
+        num_tokens = len(inputs.input_ids) + num_rows - num_seqs
+        shape = (num_tokens, num_rows, max_blocks, len(inputs.logits_indices))
+        layout = self._layouts.get(shape)
+        if layout is None:
+            if len(self._layouts) >= MAX_LAYOUTS:
+                self._layouts.clear()
+            layout = self._layouts[shape] = _Layout.of(shape, self._host, self._device)
+        host, device = layout.host, layout.device
+        _fill(host.input_ids, inputs.input_ids, 0)
+        _fill(host.positions, inputs.positions, 0)
+        _fill(host.slot_mapping, inputs.slot_mapping, -1)
+        _fill(host.context_lens, inputs.context_lens, 0)
+        _fill(host.cu_seqlens_q, inputs.cu_seqlens_q, range(num_seqs + 1, num_rows + 1))  # queries of one token
+        host.block_tables[:num_seqs, :width] = inputs.block_tables  # nobody reads the others
+        host.logits_indices[:] = inputs.logits_indices
+        host.temperatures[:] = inputs.temperatures
+        host.uniforms[:] = inputs.uniforms
         if self._device is not self._host:
-            self._device[: self._end].copy_(self._host[: self._end], non_blocking=True)
-        views = [self._device[begin:end].view(dtype) for begin, end, dtype in offsets]
-        input_ids, positions, slots, cu_seqlens_q, context_lens, tables, logits_indices, temperatures, uniforms = views
+            self._device[: layout.num_bytes].copy_(self._host[: layout.num_bytes], non_blocking=True)
         metadata = AttentionMetadata(
-            cu_seqlens_q=cu_seqlens_q,
-            context_lens=context_lens,
-            block_tables=tables.view(num_rows, max_blocks),
-            slot_mapping=slots,
+            cu_seqlens_q=device.cu_seqlens_q,
+            context_lens=device.context_lens,
+            block_tables=device.block_tables,
+            slot_mapping=device.slot_mapping,
             max_seqlen_q=inputs.max_seqlen_q,
             max_context_len=max_context_len,
         )
-        return StepTensors(input_ids, positions, metadata, logits_indices, temperatures, uniforms)
-
-    def _pack(self, array: NDArray[np.generic], length: int, fill: int = 0) -> tuple[int, int, torch.dtype]:
-        """Write `array`, filled up to `length`; its place in bytes, and its dtype."""
-        begin, end = self._reserve(length * array.itemsize)
-        view = self._bytes[begin:end].view(array.dtype)
-        view[: len(array)] = array
-        view[len(array) :] = fill
-        return begin, end, _TORCH_DTYPES[array.dtype.char]
-
-    def _pack_tables(self, tables: NDArray[np.int32], num_rows: int, max_blocks: int) -> tuple[int, int, torch.dtype]:
-        """Write the block tables in the corner of a larger array; the rest stays as it was, since nobody reads it."""
-        begin, end = self._reserve(num_rows * max_blocks * tables.itemsize)
-        view = self._bytes[begin:end].view(np.int32).reshape(num_rows, max_blocks)
-        view[: tables.shape[0], : tables.shape[1]] = tables
-        return begin, end, torch.int32
-
-    def _reserve(self, num_bytes: int) -> tuple[int, int]:
-        begin = self._end
-        assert begin + num_bytes <= len(self._bytes), f"a step's inputs exceed their buffer of {len(self._bytes)} bytes"
-        self._end = begin + -(-num_bytes // ALIGNMENT) * ALIGNMENT
-        return begin, begin + num_bytes
+        return StepTensors(
+            device.input_ids, device.positions, metadata, device.logits_indices, device.temperatures, device.uniforms
+        )
 
 
-_TORCH_DTYPES = {"l": torch.int64, "q": torch.int64, "i": torch.int32, "f": torch.float32}
+def _fill(view: NDArray[np.generic], array: NDArray[np.generic], padding: int | range) -> None:
+    size = len(array)
+    view[:size] = array
+    if size < len(view):
+        view[size:] = padding
+
+
+@dataclass(frozen=True, slots=True)
+class _Views(Generic[Array]):
+    """The arrays of a step in one of the buffers. See `StepInputs` for what they hold."""
+
+    input_ids: Array
+    positions: Array
+    slot_mapping: Array
+    context_lens: Array
+    cu_seqlens_q: Array
+    block_tables: Array
+    # Their number differs from what runs, in a padded batch. They come last, where they move nothing else.
+    logits_indices: Array
+    temperatures: Array
+    uniforms: Array
+
+
+class _Layout(NamedTuple):
+    """Where the arrays of steps of one shape are. Made once a shape: views of tensors are slow to make."""
+
+    host: _Views[NDArray[np.generic]]
+    device: _Views[Tensor]
+    num_bytes: int
+
+    @staticmethod
+    def of(shape: tuple[int, int, int, int], host: Tensor, device: Tensor) -> "_Layout":
+        """The layout of steps with so many tokens, sequences, columns of the block tables, and sampled tokens."""
+        num_tokens, num_seqs, max_blocks, num_sampled = shape
+        int64, int32, float32 = torch.int64, torch.int32, torch.float32
+        host_views, device_views, end = [], [], 0
+        for dtype, size in (
+            (int64, (num_tokens,)),
+            (int64, (num_tokens,)),
+            (int64, (num_tokens,)),
+            (int32, (num_seqs,)),
+            (int32, (num_seqs + 1,)),
+            (int32, (num_seqs, max_blocks)),
+            (int64, (num_sampled,)),
+            (float32, (num_sampled,)),
+            (float32, (num_sampled,)),
+        ):
+            begin, num_bytes = end, math.prod(size) * dtype.itemsize
+            end = begin + -(-num_bytes // ALIGNMENT) * ALIGNMENT
+            assert end <= len(host), f"the inputs of a step of shape {shape} exceed their buffer of {len(host)} bytes"
+            host_views.append(host[begin : begin + num_bytes].view(dtype).view(size).numpy())
+            device_views.append(device[begin : begin + num_bytes].view(dtype).view(size))
+        return _Layout(_Views(*host_views), _Views(*device_views), end)

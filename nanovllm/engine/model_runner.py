@@ -19,6 +19,7 @@ from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.layers.sampler import sample
 from nanovllm.models import get_model_class
 from nanovllm.models.config import ModelConfig
+from nanovllm.utils.compile import compile_layers
 from nanovllm.utils.context import ForwardContext, forward_context
 from nanovllm.utils.device import choose_device, choose_dtype
 from nanovllm.utils.loader import load_weights, materialize
@@ -48,6 +49,8 @@ class ModelRunner:
         materialize(model, self.dtype, self.device)
         load_weights(model, folder)
         self.model = model.to(self.device).eval()  # the tables of the rotary embedding are still to be moved
+        if self.device.type == "cuda" and not config.enforce_eager:
+            compile_layers(self.model)
 
         def make_spec(backend: type[AttentionBackend]) -> AttentionSpec:
             return AttentionSpec(

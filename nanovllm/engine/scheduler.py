@@ -104,31 +104,39 @@ class Scheduler:
         """Choose the next batch. At least one sequence must be waiting or running."""
         num_running = len(self.running)
         new_blocks = self._make_room()
-        left = self.num_tokens[self._rows] - self.num_computed_tokens[self._rows]
         started: list[StartedSequence] = []
         # One that was just preempted would fit again at once, only to be preempted again.
         if self.waiting and len(self.running) == num_running:
-            started = self._admit(self.max_num_batched_tokens - int(left.sum()))
-            left = self.num_tokens[self._rows] - self.num_computed_tokens[self._rows]
-        # The oldest first, until the budget is used up: a prefix of the running ones.
-        num_tokens = np.minimum(left, self.max_num_batched_tokens - (np.cumsum(left) - left))
-        size = int(np.count_nonzero(num_tokens > 0))
-        assert size, "nothing can run: a request was added that the KV cache cannot hold"
-        rows, left, num_tokens = self._rows[:size], left[:size], num_tokens[:size]
+            started = self._admit(self.max_num_batched_tokens - int(self._tokens_left().sum()))
+        rows, left = self._rows, self._tokens_left()
+        num_tokens, total = left, int(left.sum())
+        if total > self.max_num_batched_tokens:
+            # The oldest first, until the budget is used up: a prefix of the running ones.
+            num_tokens = np.minimum(left, self.max_num_batched_tokens - (np.cumsum(left) - left))
+            size = int(np.count_nonzero(num_tokens > 0))
+            rows, left, num_tokens = rows[:size], left[:size], num_tokens[:size]
+            total = self.max_num_batched_tokens
+        assert total, "nothing can run: a request was added that the KV cache cannot hold"
         num_decode = int(np.count_nonzero((left == 1) & (self.num_tokens[rows] > self.num_prompt_tokens[rows])))
         return ScheduledBatch(
             started=tuple(started),
             new_blocks=tuple(new_blocks),
             rows=rows,
             num_tokens=num_tokens,
-            num_prefill_tokens=int(num_tokens.sum()) - num_decode,
+            num_prefill_tokens=total - num_decode,
             num_decode_tokens=num_decode,
         )
+
+    def _tokens_left(self) -> IntArray:
+        """[len(running)]: tokens of each running sequence that are still to be computed."""
+        left: IntArray = self.num_tokens[self._rows] - self.num_computed_tokens[self._rows]
+        return left
 
     def _make_room(self) -> list[tuple[int, int]]:
         """Give a block to each running sequence whose blocks are full, preempting the newest where none is free."""
         new_blocks: list[tuple[int, int]] = []
-        for position in np.flatnonzero(self.num_tokens[self._rows] > self.capacity[self._rows]).tolist():
+        is_full = self.num_tokens[self._rows] > self.capacity[self._rows]
+        for position in is_full.nonzero()[0].tolist():
             while position < len(self.running) and self.block_manager.num_free_blocks == 0:
                 self._preempt_newest()
             if position >= len(self.running):
@@ -217,19 +225,24 @@ class Scheduler:
         computed = before + batch.num_tokens
         self.num_computed_tokens[rows] = computed
         # Positions in the batch are positions in `running`, of which it is a prefix.
-        for position in np.flatnonzero(computed // block_size > before // block_size).tolist():
+        for position in (computed // block_size > before // block_size).nonzero()[0].tolist():
             self.block_manager.publish(self.running[position], int(computed[position]))
-        sampled = np.flatnonzero(computed == self.num_tokens[rows])
+        sampled = (computed == self.num_tokens[rows]).nonzero()[0]
         assert len(sampled) == len(token_ids), "as many tokens are sampled as sequences had their last token computed"
+        running = self.running
         for position, token_id in zip(sampled.tolist(), token_ids.tolist(), strict=True):
-            self.running[position].token_ids.append(token_id)
+            running[position].token_ids.append(token_id)
         return self._finish(sampled, rows[sampled], token_ids)
 
     def _finish(self, positions: IntArray, rows: IntArray, token_ids: NDArray[np.integer]) -> list[Sequence]:
         """End the sequences that sampled `token_ids` and are through."""
-        self.num_tokens[rows] += 1
-        stopped = np.isin(token_ids, self.eos_token_ids) & self.ends_at_eos[rows]
-        ended = np.flatnonzero(stopped | (self.num_tokens[rows] >= self.max_total_tokens[rows]))
+        num_tokens = self.num_tokens[rows] + 1
+        self.num_tokens[rows] = num_tokens
+        stopped = np.zeros(len(rows), np.bool_)
+        for eos in self.eos_token_ids:  # one or two: `isin` would take ten times as long
+            stopped |= token_ids == eos
+        stopped &= self.ends_at_eos[rows]
+        ended = (stopped | (num_tokens >= self.max_total_tokens[rows])).nonzero()[0]
         finished: list[Sequence] = []
         for index in ended.tolist():
             seq = self.running[positions[index]]
