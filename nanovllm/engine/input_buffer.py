@@ -109,8 +109,8 @@ def _fill(view: NDArray[np.generic], array: NDArray[np.generic], padding: int | 
 class _Views(Generic[Array]):
     """The arrays of a step in one of the buffers. See `StepInputs` for what they hold."""
 
+    positions: Array  # first, at offset 0: compiled code is made anew when an offset of its inputs changes
     input_ids: Array
-    positions: Array
     slot_mapping: Array
     context_lens: Array
     cu_seqlens_q: Array
