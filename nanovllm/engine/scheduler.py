@@ -130,7 +130,9 @@ class Scheduler:
 
     def _share(self, rows: IntArray, budget: int) -> IntArray:
         """[len(rows)]: how many tokens of each to compute, the first of them first, until the budget is used up."""
-        left = self.num_tokens[rows] - self.num_computed_tokens[rows]
+        left: IntArray = self.num_tokens[rows] - self.num_computed_tokens[rows]
+        if left.sum() <= budget:
+            return left
         return np.clip(budget - (np.cumsum(left) - left), 0, left)
 
     def _make_room(self, num_tokens: IntArray) -> list[tuple[int, int]]:
@@ -140,7 +142,7 @@ class Scheduler:
         """
         new_blocks: list[tuple[int, int]] = []
         full = (num_tokens > 0) & (self.num_tokens[self._rows] > self.capacity[self._rows])
-        for position in np.flatnonzero(full).tolist():
+        for position in full.nonzero()[0].tolist():
             while position < len(self.running) and self.block_manager.num_free_blocks == 0:
                 self._preempt_newest()
             if position >= len(self.running):
@@ -233,19 +235,24 @@ class Scheduler:
         computed = before + batch.num_tokens
         self.num_computed_tokens[rows] = computed
         # Positions in the batch are positions in `running`, of which it is a prefix.
-        for position in np.flatnonzero(computed // block_size > before // block_size).tolist():
+        for position in (computed // block_size > before // block_size).nonzero()[0].tolist():
             self.block_manager.publish(self.running[position], int(computed[position]))
-        sampled = np.flatnonzero(computed == self.num_tokens[rows])
+        sampled = (computed == self.num_tokens[rows]).nonzero()[0]
         assert len(sampled) == len(token_ids), "as many tokens are sampled as sequences had their last token computed"
+        running = self.running
         for position, token_id in zip(sampled.tolist(), token_ids.tolist(), strict=True):
-            self.running[position].token_ids.append(token_id)
+            running[position].token_ids.append(token_id)
         return self._finish(sampled, rows[sampled], token_ids)
 
     def _finish(self, positions: IntArray, rows: IntArray, token_ids: NDArray[np.integer]) -> list[Sequence]:
         """End the sequences that sampled `token_ids` and are through."""
-        self.num_tokens[rows] += 1
-        stopped = np.isin(token_ids, self.eos_token_ids) & self.ends_at_eos[rows]
-        ended = np.flatnonzero(stopped | (self.num_tokens[rows] >= self.max_total_tokens[rows]))
+        num_tokens = self.num_tokens[rows] + 1
+        self.num_tokens[rows] = num_tokens
+        stopped = np.zeros(len(rows), np.bool_)
+        for eos in self.eos_token_ids:  # one or two: `isin` would take ten times as long
+            stopped |= token_ids == eos
+        stopped &= self.ends_at_eos[rows]
+        ended = (stopped | (num_tokens >= self.max_total_tokens[rows])).nonzero()[0]
         finished: list[Sequence] = []
         for index in ended.tolist():
             seq = self.running[positions[index]]

@@ -10,7 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_GOLDEN, _FIRST, _SECOND = map(np.uint64, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+_27, _30, _31, _40 = map(np.uint64, (27, 30, 31, 40))
+_UNIT = np.float32(2.0**-24)
 
 
 def uniform(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.float32]:
@@ -18,15 +20,27 @@ def uniform(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray
 
     SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators") started at a mixed seed.
     """
-    with np.errstate(over="ignore"):
-        mixed = _mix(_mix(seeds + _GOLDEN) + (positions + np.uint64(1)) * _GOLDEN)
-    return (mixed >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
+    return uniform_of(start_stream(seeds), positions)
+
+
+def start_stream(seeds: NDArray[np.uint64] | np.uint64) -> NDArray[np.uint64]:
+    """The mixed seeds: what of `uniform` is the same at every position."""
+    return _mix(np.atleast_1d(seeds) + _GOLDEN)
+
+
+def uniform_of(streams: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.float32]:
+    """`uniform` of the seeds that the streams were started with."""
+    return (_mix(streams + (positions + np.uint64(1)) * _GOLDEN) >> _40).astype(np.float32) * _UNIT
 
 
 def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    """SplitMix64's finalizer, in place: it runs in every step, and the GPU waits."""
+    z ^= z >> _30
+    z *= _FIRST
+    z ^= z >> _27
+    z *= _SECOND
+    z ^= z >> _31
+    return z
 
 
 def sample(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> Tensor:

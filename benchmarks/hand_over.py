@@ -1,7 +1,6 @@
-"""What it costs rank 0 to hand a step over to the other ranks, without a model: `bench.py --host-overhead` calls this.
+"""What it costs rank 0 to hand a step over to the other ranks, without a model.
 
-The workers are real processes that apply each batch to their rows and do nothing else. A module of its own, because they
-import it.
+The workers are real processes, which import this module, apply each batch to their rows and do nothing else.
 """
 
 import statistics
@@ -88,3 +87,12 @@ def _time_steps(runner: Runner, workers: Workers, num_seqs: int, num_steps: int)
         scheduler.update(batch, token_ids)
     send, inputs, all_ready = (statistics.median(column) for column in zip(*times[WARM_UP:], strict=True))
     return send, inputs, all_ready
+
+
+def print_hand_over(size: int, num_seqs: int) -> dict[str, float]:
+    """Measure, and print a table."""
+    result = measure_hand_over(size, num_seqs)
+    print(f"microseconds a decode step of {num_seqs} sequences on {size} ranks")
+    for name, value in result.items():
+        print(f"  {name:24s} {value:.0f}")
+    return result

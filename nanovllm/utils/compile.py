@@ -1,0 +1,39 @@
+"""torch.compile for the small layers between the matrix products, where there is a GPU to gain from it.
+
+Norm, activation and rotation are chains of elementwise operations; compiled, each reads and writes memory once. All sizes
+are dynamic from the first call, so that no number of tokens makes them compile again; only a size of 1 is a case of its own.
+"""
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from nanovllm.layers.activation import SiluAndMul
+from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.rotary_embedding import RotaryEmbedding
+
+METHODS: dict[type[nn.Module], tuple[str, ...]] = {
+    SiluAndMul: ("forward",),
+    RMSNorm: ("forward", "add_and_norm"),
+    RotaryEmbedding: ("forward",),
+}
+
+
+def compile_layers(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Compile the layers of `model` in `METHODS`. All layers of a kind share what is compiled, at their first calls.
+
+    Args:
+        model: changed in place; other models are not.
+        backend: torch.compile's.
+    """
+    compiled = {
+        (kind, name): torch.compile(getattr(kind, name), backend=backend, dynamic=True)
+        for kind, names in METHODS.items()
+        for name in names
+    }
+    for module in model.modules():
+        for name in METHODS.get(type(module), ()):
+            setattr(module, name, MethodType(compiled[type(module), name], module))

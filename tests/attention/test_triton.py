@@ -1,0 +1,146 @@
+"""The Triton kernels in Triton's interpreter, against the plain backend."""
+
+import os
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported, which is when a backend is made
+
+from backend_parity import Seqlens, check_against_plain, random_seqlens
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.attention import triton as triton_backend
+from nanovllm.attention.backend import AttentionSpec
+from nanovllm.attention.triton import TritonBackend
+from nanovllm.utils.context import AttentionMetadata
+
+# Whole prompts, decodes around the ends of parts and blocks, chunks behind a cached prefix, a single token.
+MIXED: Seqlens = [(19, 19), (32, 1), (33, 1), (40, 9), (1, 1)]
+
+
+@pytest.fixture(autouse=True)
+def short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As long as they are on a GPU, no context here would have a second one.
+    monkeypatch.setattr(triton_backend, "PART", 32)
+
+
+def make_backend(
+    num_heads: int, num_kv_heads: int, head_dim: int, block_size: int = 16, dtype: torch.dtype = torch.float32
+) -> TritonBackend:
+    return TritonBackend(AttentionSpec(num_heads, num_kv_heads, head_dim, block_size, dtype, torch.device("cpu")))
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim", "block_size", "dtype"),
+    [
+        (4, 2, 64, 16, torch.float32),
+        (2, 2, 80, 32, torch.float32),
+        (9, 3, 96, 48, torch.float32),  # groups of 3: tiles end within a token
+        (14, 2, 64, 16, torch.float16),
+        (4, 1, 128, 256, torch.float16),
+        (17, 1, 16, 16, torch.float32),  # a group larger than the smallest tile
+        (1, 1, 256, 16, torch.float32),
+    ],
+)
+def test_shapes(num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype) -> None:
+    check_against_plain(make_backend(num_heads, num_kv_heads, head_dim, block_size, dtype), MIXED, seed=0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_batches(seed: int) -> None:
+    rng = random.Random(seed)
+    num_kv_heads, group = rng.choice([1, 2, 3]), rng.choice([1, 2, 3, 5])
+    backend = make_backend(group * num_kv_heads, num_kv_heads, rng.choice([16, 24, 40]), rng.choice([16, 32, 48]))
+    check_against_plain(backend, random_seqlens(rng, longest=48, num_seqs=4), seed)
+
+
+def test_a_sequence_does_not_depend_on_how_busy_the_batch_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Programs that share a context: from one for each part down to one for all. The sums must be the same to the bit.
+    backend = make_backend(4, 2, 16)
+    results = []
+    for target in (1, 6, 1000):
+        monkeypatch.setattr(triton_backend, "TARGET_PROGRAMS", target)
+        results.append(check_against_plain(backend, [(130, 1), (33, 1)], seed=0))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_padding_rows_are_zero_and_read_nothing() -> None:
+    backend = make_backend(4, 2, 16)
+    cache = backend.allocate_cache(4).fill_(torch.nan)
+    k = torch.full((3, 2, 16), torch.nan)
+    k[0] = 1.0
+    slot_mapping = torch.tensor([16, -1, -1])
+    backend.store(k, k, cache, slot_mapping)
+    metadata = AttentionMetadata(
+        cu_seqlens_q=torch.arange(4, dtype=torch.int32),
+        context_lens=torch.tensor([1, 0, 0], dtype=torch.int32),
+        block_tables=torch.tensor([[1, 0], [2**30, 0], [2**30, 0]], dtype=torch.int32),
+        slot_mapping=slot_mapping,
+        max_seqlen_q=1,
+        max_context_len=32,
+    )
+    out = backend.attend(torch.full((3, 4, 16), torch.nan).index_fill(0, torch.tensor([0]), 1.0), cache, metadata)
+    assert torch.equal(out, torch.tensor([1.0, 0.0, 0.0])[:, None, None].expand_as(out))
+    assert cache.isnan().sum() == cache.numel() - 2 * 2 * 16
+
+
+def test_offsets_into_large_caches_are_64_bit() -> None:
+    # Memory that is reserved and never touched but for the last block: 2**31 elements lie before it.
+    backend = make_backend(2, 2, 64, dtype=torch.float16)
+    num_blocks = 2**31 // (16 * 2 * 64) + 1
+    cache = backend.allocate_cache(num_blocks)
+    k, v = torch.randn(2, 1, 2, 64, generator=torch.Generator().manual_seed(0)).half()
+    slot_mapping = torch.tensor([num_blocks * 16 - 16])
+    backend.store(k, v, cache, slot_mapping)
+    for num_rows in (1, 2):  # a decode, then a prompt of two tokens of which the second is the same
+        metadata = AttentionMetadata(
+            cu_seqlens_q=torch.tensor([0, num_rows], dtype=torch.int32),
+            context_lens=torch.tensor([num_rows], dtype=torch.int32),
+            block_tables=torch.tensor([[num_blocks - 1]], dtype=torch.int32),
+            slot_mapping=slot_mapping,
+            max_seqlen_q=num_rows,
+            max_context_len=num_rows,
+        )
+        backend.store(k, v, cache, slot_mapping + num_rows - 1)
+        out = backend.attend(torch.ones(num_rows, 2, 64).half(), cache, metadata)
+        torch.testing.assert_close(out, v.expand(num_rows, 2, 64))
+
+
+def test_whole_model_gives_the_plain_backends_tokens(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint("Qwen3ForCausalLM")
+    rng = random.Random(0)
+    shared = rng.choices(range(320), k=20)
+    prompts = [shared + rng.choices(range(320), k=length) for length in (11, 27, 10)]
+    params = [SamplingParams(temperature=t, seed=3, max_tokens=6, ignore_eos=True) for t in (0.0, 0.8, 0.0)]
+    results = []
+    for backend in ("torch_reference", "triton"):
+        llm = LLM(
+            folder,
+            device="cpu",
+            dtype="float32",
+            attention_backend=backend,
+            max_model_len=64,
+            max_num_batched_tokens=33,  # chunks, and decodes beside prefills
+            num_kvcache_blocks=6,  # too few: one is preempted
+        )
+        results.append([output["token_ids"] for output in llm.generate(prompts, params, use_tqdm=False)])
+        assert llm.scheduler.num_preemptions > 0
+    assert results[0] == results[1]
+
+
+def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = make_backend(4, 2, 64).spec
+    assert TritonBackend.why_not(spec) is None
+    assert "bfloat16" in str(TritonBackend.why_not(replace(spec, dtype=torch.bfloat16)))
+    assert "512 dimensions" in str(TritonBackend.why_not(replace(spec, head_dim=512)))
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert "TRITON_INTERPRET=1" in str(TritonBackend.why_not(spec))
+    assert TritonBackend.why_not(replace(spec, device=torch.device("cuda"), dtype=torch.bfloat16)) is None
+    monkeypatch.setattr(triton_backend, "find_spec", lambda name: None)
+    assert TritonBackend.why_not(spec) == "triton is not installed"

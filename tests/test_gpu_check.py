@@ -1,0 +1,57 @@
+"""gpu_check.py where there is no GPU: what it says, and its pieces that need none."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import gpu_check
+import pytest
+import torch
+
+
+def test_without_a_gpu_it_says_so_and_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["gpu_check.py", "--json", str(tmp_path / "result.json")])
+    with pytest.raises(SystemExit) as stopped:
+        gpu_check.main()
+    assert stopped.value.code == gpu_check.NO_GPU  # a text: printed to stderr, with exit status 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_check_that_fails_does_not_stop_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(model: Path) -> gpu_check.Result:
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(gpu_check, "CHECKS", {"broken": broken, "sound": lambda model: {"passed": True}})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check, "describe_machine", lambda: {"hardware": "a card"})
+    monkeypatch.setattr("sys.argv", ["gpu_check.py", "--model", "x", "--json", str(tmp_path / "result.json")])
+    with pytest.raises(SystemExit, match="gpu-check failed"):
+        gpu_check.main()
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["machine"] == {"hardware": "a card"}
+    assert result["checks"]["broken"]["error"] == "RuntimeError: no kernel image"
+    assert result["checks"]["sound"]["passed"] is True
+    assert "a card" in capsys.readouterr().out
+
+
+def test_compare() -> None:
+    assert gpu_check.compare([[1, 2], [3] * 8], [[1, 2], [3] * 8]) == {"passed": True, "agreement": 1.0}
+    assert gpu_check.compare([[1, 2], [3] * 8], [[1, 2], [4, *[3] * 7]]) == {"passed": False, "agreement": 0.2}
+
+
+@pytest.mark.parametrize("check", ["graphs", "backends", "transformers"])
+def test_checks_of_whole_models_run(checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, check: str) -> None:
+    # On a CPU they compare little: there are no graphs, and no backend but the plain one.
+    monkeypatch.setattr(gpu_check, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_check, "requests", lambda number, vocab_size: [([1, 2, 3], 4), ([5] * 20, 6)])
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    result = gpu_check.CHECKS[check](checkpoint("Qwen3ForCausalLM"))
+    assert result["passed"] is True
+    if check == "backends":
+        assert "TRITON_INTERPRET=1" in str(result["triton"])
+        assert "NVIDIA GPU" in str(result["flash_attn"])
+    else:
+        assert result["agreement"] == 1.0
