@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from nanovllm.config import DEFAULT_BATCHED_TOKENS, EngineConfig
 from nanovllm.engine.input_batch import InputBatch, StepInputs
 from nanovllm.engine.kv_cache import allocate_kv_cache, decide_num_blocks
 from nanovllm.engine.scheduler import ScheduledBatch
+from nanovllm.layers.logits_processors import edit_logits
+from nanovllm.layers.logprobs import Logprobs, compute_logprobs, compute_prompt_logprobs
 from nanovllm.layers.sampler import sample
 from nanovllm.models import get_model_class
 from nanovllm.models.config import ModelConfig
@@ -22,6 +25,22 @@ from nanovllm.utils.loader import load_weights, materialize
 from nanovllm.utils.ranks import Ranks
 
 logger = logging.getLogger(__name__)
+
+
+class PromptLogprobs(NamedTuple):
+    """Log-probabilities of some prompt tokens of one sequence, the first of them at `first_position`."""
+
+    seq_id: int
+    first_position: int
+    logprobs: Logprobs
+
+
+class StepOutput(NamedTuple):
+    """What one step computed."""
+
+    token_ids: NDArray[np.int64]  # [num_sampled]: one for each sequence whose last token was in the batch, in its order
+    logprobs: Logprobs | None = None  # of all rows of token_ids if one asks for them, as many as the most demanding asks
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
 
 
 class ModelRunner:
@@ -65,11 +84,8 @@ class ModelRunner:
         logger.info("%s, %s, %d KV blocks of %d", self.device, self.dtype, self.num_kvcache_blocks, self.block_size)
 
     @torch.inference_mode()
-    def execute(self, batch: ScheduledBatch) -> NDArray[np.int64]:
+    def execute(self, batch: ScheduledBatch) -> StepOutput:
         """Compute one step.
-
-        Returns:
-            [num_sampled]: one token for each sequence whose last token was in the batch, in batch order.
 
         Raises:
             FloatingPointError: a request's logits are NaN or infinite.
@@ -78,16 +94,37 @@ class ModelRunner:
         context = ForwardContext(self._metadata(inputs), self.backend, self.kv_cache)
         with forward_context(context):
             hidden_states = self.model(self._tensor(inputs.input_ids), self._tensor(inputs.positions))
+        prompt_logprobs = self._prompt_logprobs(inputs, hidden_states)
         if len(inputs.sampled_rows) == 0:
-            return np.zeros(0, np.int64)
+            return StepOutput(np.zeros(0, np.int64), None, prompt_logprobs)
         logits = self.model.compute_logits(hidden_states[self._tensor(inputs.logits_indices)])
-        sampled = sample(logits, self._tensor(inputs.temperatures), self._tensor(inputs.uniforms))
-        token_ids: NDArray[np.int64] = sampled.cpu().numpy()
+        token_ids, logprobs = self._sample(inputs, logits)
+        self.input_batch.append(inputs.sampled_rows, token_ids)
+        return StepOutput(token_ids, logprobs, prompt_logprobs)
+
+    def _sample(self, inputs: StepInputs, logits: Tensor) -> tuple[NDArray[np.int64], Logprobs | None]:
+        options = inputs.sampling_options
+        edited, filters = logits, None
+        if options is not None:
+            filters = options.filters
+            edited = logits if options.edits is None else edit_logits(logits, options.edits)
+        sampled = sample(edited, torch.from_numpy(inputs.temperatures), torch.from_numpy(inputs.uniforms), filters)
+        token_ids: NDArray[np.int64] = sampled.numpy()
         if token_ids.min() < 0:
             seq_id = self.input_batch.seq_ids[inputs.sampled_rows[token_ids.argmin()]]
             raise FloatingPointError(f"the logits of request {seq_id} are NaN or infinite: are the weights sound?")
-        self.input_batch.append(inputs.sampled_rows, token_ids)
-        return token_ids
+        if options is None or options.num_logprobs is None:
+            return token_ids, None
+        return token_ids, compute_logprobs(logits, sampled.to(self.device), int(options.num_logprobs.max()))
+
+    def _prompt_logprobs(self, inputs: StepInputs, hidden_states: Tensor) -> tuple[PromptLogprobs, ...]:
+        result: list[PromptLogprobs] = []
+        for target in inputs.prompt_targets:
+            states = hidden_states[target.first_index : target.first_index + len(target.token_ids)]
+            chosen = self._tensor(target.token_ids)
+            logprobs = compute_prompt_logprobs(states, chosen, target.num_logprobs, self.model.compute_logits)
+            result.append(PromptLogprobs(target.seq_id, target.first_position, logprobs))
+        return tuple(result)
 
     def _metadata(self, inputs: StepInputs) -> AttentionMetadata:
         return AttentionMetadata(
