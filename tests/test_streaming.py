@@ -1,7 +1,8 @@
 """Streaming, stop strings, aborting: the pieces are `generate`'s text, and whoever leaves early leaves nothing behind."""
 
+import shutil
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -11,14 +12,20 @@ from transformers import AutoTokenizer
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.detokenizer import LONG_WINDOW, Detokenizer
-from nanovllm.outputs import StreamEvent
+from nanovllm.outputs import RequestOutput, StreamEvent
 
 PROMPTS = ["Once upon a time", "The capital of France is", "Привет, мир", "1, 2, 3,"]
 
 
 @pytest.fixture(scope="module")
-def llm(smollm2: Path) -> Iterator[LLM]:
-    with LLM(smollm2, max_model_len=128, num_kvcache_blocks=64, device="cpu") as llm:
+def llm(smollm2: Path, checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    """A tiny random model with a real tokenizer: any bytes may come, and fast."""
+    folder = tmp_path_factory.mktemp("model")
+    for source in (smollm2, checkpoint(vocab_size=49152, eos_token_id=2, num_hidden_layers=1)):
+        for file in source.iterdir():
+            if source != smollm2 or "token" in file.name or file.suffix in (".jinja", ".txt"):
+                shutil.copy(file, folder)
+    with LLM(folder, max_model_len=128, num_kvcache_blocks=64, device="cpu", dtype="float32") as llm:
         yield llm
 
 
@@ -41,61 +48,71 @@ def is_clean(llm: LLM) -> bool:
     return llm.is_finished() and manager.num_free_blocks == manager.num_blocks and not llm.output_processor._followed
 
 
+def complete(llm: LLM, **options: Any) -> RequestOutput:
+    """One completion, always by the same numbers."""
+    return llm.generate(["1, 2, 3,"], SamplingParams(seed=1, temperature=0.7, **options), use_tqdm=False)[0]
+
+
 def test_pieces_are_the_text_of_generate(llm: LLM) -> None:
+    stop = complete(llm, max_tokens=30)["text"][-4:]
     params = [
-        SamplingParams(temperature=0, max_tokens=16),
-        SamplingParams(temperature=1.0, seed=5, max_tokens=12, n=3),
-        SamplingParams(temperature=2.5, seed=6, max_tokens=16, skip_special_tokens=False),
-        SamplingParams(temperature=0, max_tokens=16, stop=["6, 7", "zebra"], include_stop_str_in_output=True),
+        SamplingParams(temperature=0, max_tokens=30),
+        SamplingParams(temperature=1.0, seed=5, max_tokens=30, n=3),
+        SamplingParams(temperature=2.5, seed=6, max_tokens=30, skip_special_tokens=False, logit_bias={2: 5.0, 1: 5.0}),
+        SamplingParams(temperature=0.7, seed=1, max_tokens=40, stop=[stop, "zebra"], include_stop_str_in_output=True),
     ]
-    expected = llm.generate(PROMPTS, params, use_tqdm=False)
-    joined = join(list(llm.stream(PROMPTS, params)))
+    prompts = [*PROMPTS[:3], "1, 2, 3,"]
+    expected = llm.generate(prompts, params, use_tqdm=False)
+    joined = join(list(llm.stream(prompts, params)))
     for index, output in enumerate(expected):
         for number, one in enumerate(output.get("completions", [output])):
             assert joined[index, number] == (one["text"], one["token_ids"], one["finish_reason"], one["stop_reason"])
-    assert expected[3]["text"].endswith("6, 7")
-    assert expected[3]["stop_reason"] == "6, 7"
+    assert expected[3]["text"].endswith(stop)
+    assert expected[3]["stop_reason"] == stop
     assert is_clean(llm)
 
 
 def test_stop_string_ends_the_text_before_it_and_no_part_of_it_is_shown(llm: LLM) -> None:
-    (whole,) = llm.generate(["1, 2, 3,"], SamplingParams(temperature=0, max_tokens=24), use_tqdm=False)
-    stop = whole["text"][10:16]  # begins and ends where no token may
-    params = SamplingParams(temperature=0, max_tokens=24, stop=["never seen", stop])
-    (output,) = llm.generate(["1, 2, 3,"], params, use_tqdm=False)
-    assert output["text"] == whole["text"][: whole["text"].index(stop)]
-    assert (output["finish_reason"], output["stop_reason"]) == ("stop", stop)
-    assert output["token_ids"] == whole["token_ids"][: len(output["token_ids"])]
-    shown = ""
-    for event in llm.stream(["1, 2, 3,"], params):
-        shown += event["text"]
-        assert output["text"].startswith(shown)
-    assert shown == output["text"]
+    whole = complete(llm, max_tokens=24)
+    for length in (1, 3, 7, 20):
+        stop = whole["text"][15 : 15 + length]  # begins and ends wherever that is in a token
+        params = SamplingParams(seed=1, temperature=0.7, max_tokens=24, stop=["never seen", stop])
+        (output,) = llm.generate(["1, 2, 3,"], params, use_tqdm=False)
+        assert output["text"] == whole["text"][: whole["text"].index(stop)]
+        assert (output["finish_reason"], output["stop_reason"]) == ("stop", stop)
+        assert output["token_ids"] == whole["token_ids"][: len(output["token_ids"])]
+        shown = ""
+        for event in llm.stream(["1, 2, 3,"], params):
+            shown += event["text"]
+            assert output["text"].startswith(shown)
+        assert shown == output["text"]
 
 
 def test_stop_string_in_the_last_token_and_min_tokens(llm: LLM) -> None:
-    (whole,) = llm.generate(["1, 2, 3,"], SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
-    params = SamplingParams(temperature=0, max_tokens=3, stop=[whole["text"][2]])
-    (output,) = llm.generate(["1, 2, 3,"], params, use_tqdm=False)
-    assert output["finish_reason"] == "stop"
-    late = SamplingParams(temperature=0, max_tokens=12, stop=[","], min_tokens=6)
-    (output,) = llm.generate(["1, 2, 3,"], late, use_tqdm=False)
-    assert len(output["token_ids"]) > 6
-    assert "," in output["text"]
-    assert output["stop_reason"] == ","
+    whole = complete(llm, max_tokens=12)
+    letter = llm.tokenizer.decode(whole["token_ids"][:3])[-1]
+    first = whole["text"].index(letter)
+    number = next(n for n in range(1, 4) if len(llm.tokenizer.decode(whole["token_ids"][:n])) > first)
+    assert complete(llm, max_tokens=number, stop=letter)["finish_reason"] == "stop"
+    common = max("aeiou ", key=complete(llm, max_tokens=60)["text"].count)
+    late = complete(llm, max_tokens=60, stop=[common], min_tokens=20)
+    assert len(late["token_ids"]) > 20
+    assert common in late["text"]
+    assert late["stop_reason"] == common
 
 
 def test_stop_token_is_in_the_tokens_and_not_in_the_text(llm: LLM) -> None:
-    (whole,) = llm.generate(["1, 2, 3,"], SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
+    whole = complete(llm, max_tokens=12)
     token = whole["token_ids"][4]
     end = whole["token_ids"].index(token) + 1
     for include in (False, True):
-        params = SamplingParams(temperature=0, max_tokens=12, stop_token_ids=[token], include_stop_str_in_output=include)
-        (output,) = llm.generate(["1, 2, 3,"], params, use_tqdm=False)
+        options: dict[str, Any] = {"max_tokens": 12, "stop_token_ids": [token], "include_stop_str_in_output": include}
+        output = complete(llm, **options)
         assert (output["finish_reason"], output["stop_reason"]) == ("stop", token)
         assert output["token_ids"] == whole["token_ids"][:end]
         text = llm.tokenizer.decode(output["token_ids"][: end if include else end - 1])
-        assert output["text"] == text == join(list(llm.stream(["1, 2, 3,"], params)))[0, 0][0]
+        streamed = join(list(llm.stream(["1, 2, 3,"], SamplingParams(seed=1, temperature=0.7, **options))))
+        assert output["text"] == text == streamed[0, 0][0]
 
 
 def test_leaving_early_frees_everything_and_the_engine_goes_on(llm: LLM) -> None:

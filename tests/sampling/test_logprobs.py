@@ -68,14 +68,14 @@ def check(output: RequestOutput, prompt: list[int], reference: Callable[[list[in
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"max_num_batched_tokens": 33}, {"num_kvcache_blocks": 17, "max_num_batched_tokens": 64}],
+    [{}, {"max_num_batched_tokens": 33}, {"num_kvcache_blocks": 15, "max_num_batched_tokens": 64}],
     ids=["whole", "chunks", "preempted"],
 )
 def test_logprobs_are_transformers(folder: Path, reference: Callable[[list[int]], Tensor], options: dict[str, Any]) -> None:
     llm = make_llm(folder, **options)
     # What is reported is the model's own distribution, whatever the options make of it.
     params = [
-        SamplingParams(seed=i, max_tokens=12, logprobs=k, prompt_logprobs=2, temperature=1.3, top_k=100, logit_bias={7: 3.0})
+        SamplingParams(seed=i, max_tokens=40, logprobs=k, prompt_logprobs=2, temperature=1.3, top_k=100, logit_bias={7: 3.0})
         for i, k in enumerate((0, 1, 5, 3))
     ]
     for _ in range(2):  # the second time with all prompts in the prefix cache

@@ -131,7 +131,7 @@ def test_what_the_model_cannot_do_is_refused(folder: Path, options: dict[str, An
     with pytest.raises(ValueError, match=message):
         llm.generate([[1], [2]], [SamplingParams(), SamplingParams(**options)], use_tqdm=False)
     assert llm.is_finished()
-    with pytest.raises(ValueError, match="n=2"):
+    with pytest.raises(ValueError, match="n=1, got 2"):
         llm.add_request([1], SamplingParams(n=2))
 
 
