@@ -1,7 +1,7 @@
 """The logits of a token do not depend, bit for bit, on what else is computed: batch, chunks, cache, preemption.
 
 CASES are the backends and dtypes for which this holds. Not among them: torch_reference in float32, whose matrix products
-take other ways for a few rows than for many, and whose attention sums a context in another order for a chunk than for a token.
+take other ways for a few rows than for many, and whose attention sums in another order for a chunk than for a token.
 """
 
 from collections.abc import Callable

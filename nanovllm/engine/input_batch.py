@@ -130,7 +130,7 @@ class InputBatch:
             temperatures=self.sampling.temperatures[sampled_rows],
             uniforms=self.sampling.uniforms(sampled_rows, sampled_lengths),
             sampling_options=self.sampling.options(sampled_rows, sampled_lengths, self.token_ids),
-            prompt_targets=self._prompt_targets(rows, begin, end, cu_seqlens_q),
+            prompt_targets=self._prompt_targets(rows, begin, end, cu_seqlens_q) if batch.num_prefill_tokens else (),
         )
 
     def _prompt_targets(

@@ -235,6 +235,9 @@ class Scheduler:
         assert len(sampled) == len(token_ids), "as many tokens are sampled as sequences had their last token computed"
         for position, token_id in zip(sampled.tolist(), token_ids.tolist(), strict=True):
             self.running[position].token_ids.append(token_id)
+        if batch.num_prefill_tokens:
+            for position in sampled[self.num_tokens[rows[sampled]] == self.num_prompt_tokens[rows[sampled]]].tolist():
+                self.running[position].first_token_time = time.perf_counter()
         return self._finish(sampled, rows[sampled], token_ids)
 
     def sampled_sequences(self, batch: ScheduledBatch) -> list[Sequence]:
@@ -244,15 +247,14 @@ class Scheduler:
 
     def _finish(self, positions: IntArray, rows: IntArray, token_ids: NDArray[np.integer]) -> list[Sequence]:
         """End the sequences that sampled `token_ids` and are through."""
-        for index in np.flatnonzero(self.num_tokens[rows] == self.num_prompt_tokens[rows]).tolist():
-            self.running[positions[index]].first_token_time = time.perf_counter()
         self.num_tokens[rows] += 1
         stopped = np.isin(token_ids, self.eos_token_ids) & self.ends_at_eos[rows]
-        for index in np.flatnonzero(self.ends_at_others[rows] & ~stopped).tolist():
-            seq = self.running[positions[index]]
-            if token_ids[index] in seq.sampling_params.stop_token_ids:
-                seq.stop_reason = int(token_ids[index])
-                stopped[index] = True
+        if (others := self.ends_at_others[rows]).any():
+            for index in np.flatnonzero(others & ~stopped).tolist():
+                seq = self.running[positions[index]]
+                if token_ids[index] in seq.sampling_params.stop_token_ids:
+                    seq.stop_reason = int(token_ids[index])
+                    stopped[index] = True
         ended = np.flatnonzero(stopped | (self.num_tokens[rows] >= self.max_total_tokens[rows]))
         if len(ended) == 0:
             return []
