@@ -5,6 +5,7 @@
     python bench.py --shared-prefix 1024 --repeat 3 --json result.json --plot result.png
     python bench.py --engine transformers                  # a peer on the same work; it must be installed here
     python bench.py --host-overhead                        # what a decode step costs in Python, without a model
+    python bench.py --sampler                              # the sampler alone: 96 rows of 151,936 logits
 
 Engines are compared by the ratio of medians of the same work on the same machine, run in turn.
 """
@@ -28,6 +29,7 @@ from benchmarks.hand_over import print_hand_over
 from benchmarks.host_overhead import print_host_overhead
 from example import choose_model
 from nanovllm import LLM, SamplingParams
+from nanovllm.layers.sampler import Filters, sample
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,32 @@ def run_transformers(model: str, workload: Workload, args: argparse.Namespace) -
 ENGINES = {"nanovllm": run_nanovllm, "vllm": run_vllm, "transformers": run_transformers}
 
 
+def time_sampler(num_rows: int = 96, vocab_size: int = 151_936, repeat: int = 7) -> dict[str, float]:
+    """Milliseconds for one token of each row, the best of some, by sampling settings."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    logits = 3 * torch.randn(num_rows, vocab_size, device=device)
+    logits[:, ::5000] += 15  # as peaked as a model's often are
+    uniforms = torch.rand(num_rows)
+
+    def measure(temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> float:
+        columns = (torch.full((num_rows,), value) for value in (top_k, top_p, min_p))
+        filters = None if (top_k, top_p, min_p) == (0, 1.0, 0.0) else Filters(*columns)
+        seconds = []
+        for _ in range(repeat + 1):
+            start = time.perf_counter()
+            sample(logits, torch.full((num_rows,), temperature), uniforms, filters)
+            seconds.append(time.perf_counter() - start)
+        return round(1e3 * min(seconds[1:]), 1)
+
+    return {
+        "greedy_ms": measure(0.0),
+        "temperature_ms": measure(0.7),
+        "top_k_50_top_p_0.95_ms": measure(0.7, top_k=50, top_p=0.95),
+        "top_p_0.95_ms": measure(0.7, top_p=0.95),
+        "min_p_0.05_ms": measure(0.7, min_p=0.05),
+    }
+
+
 def summarize(workload: Workload, runs: list[Measurement]) -> dict[str, float | None]:
     """Medians over the runs."""
     prompts, lengths = workload.draw()
@@ -257,6 +285,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="RANKS")
     parser.add_argument("--host-overhead", action="store_true", help="no model: what a step costs beside it")
+    parser.add_argument("--sampler", action="store_true", help="time the sampler alone, without a model")
     parser.add_argument("--repeat", type=int, default=1, help="runs; the table shows medians")
     parser.add_argument("--json", metavar="FILE", help="write results, hardware, versions and workload")
     parser.add_argument("--plot", metavar="FILE.png", help="draw throughput over time (needs matplotlib)")
@@ -281,6 +310,11 @@ def main() -> None:
             write_json(args.json, print_hand_over(args.tensor_parallel_size, args.num_seqs))
         else:
             write_json(args.json, print_host_overhead())
+        return
+    if args.sampler:
+        print(describe_machine())
+        for name, milliseconds in time_sampler().items():
+            print(f"  {name:24s} {milliseconds}")
         return
     workload = Workload(args.num_seqs, tuple(args.input_len), tuple(args.output_len), args.shared_prefix, args.temperature)
     model = str(choose_model(args.model))

@@ -34,13 +34,8 @@ def main() -> None:
     args = parser.parse_args()
 
     with LLM(choose_model(args.model)) as llm:
-        prompts = [
-            llm.tokenizer.apply_chat_template(
-                [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-            )
-            for question in QUESTIONS
-        ]
-        outputs = llm.generate(prompts, SamplingParams(temperature=0.6, max_tokens=256, seed=0))
+        conversations = [[{"role": "user", "content": question}] for question in QUESTIONS]
+        outputs = llm.chat(conversations, SamplingParams(temperature=0.6, max_tokens=256, seed=0))
     for question, output in zip(QUESTIONS, outputs, strict=True):
         print(f"\nPrompt: {question}\nCompletion: {output['text']}")
 

@@ -270,7 +270,7 @@ INTERRUPTED_METHODS = [
     "scheduler.block_manager._hash_function",
     "executor.execute",
     "executor._runner.execute",
-    "executor._runner._metadata",
+    "executor._runner._forward",
     "executor._runner.input_batch.apply",
     "executor._runner.input_batch._start",
     "executor._runner.input_batch.append",

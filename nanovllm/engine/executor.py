@@ -3,11 +3,8 @@
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from nanovllm.config import EngineConfig
-from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.model_runner import ModelRunner, StepOutput
 from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.models.config import ModelConfig
 from nanovllm.utils.ranks import Ranks
@@ -20,8 +17,8 @@ class Executor(Protocol):
     num_kvcache_blocks: int
     max_num_batched_tokens: int
 
-    def execute(self, batch: ScheduledBatch) -> NDArray[np.int64]:
-        """Compute one step; one token for each sequence whose last token was in the batch, in batch order."""
+    def execute(self, batch: ScheduledBatch) -> StepOutput:
+        """Compute one step."""
 
     def exit(self) -> None:
         """Give back memory and processes. May be called twice."""
@@ -36,7 +33,7 @@ class SingleRankExecutor:
         self.num_kvcache_blocks = self._runner.num_kvcache_blocks
         self.max_num_batched_tokens = self._runner.max_num_batched_tokens
 
-    def execute(self, batch: ScheduledBatch) -> NDArray[np.int64]:
+    def execute(self, batch: ScheduledBatch) -> StepOutput:
         """See `Executor.execute`."""
         if self._runner is None:
             raise RuntimeError("the engine has exited: make a new LLM")

@@ -6,15 +6,26 @@ Nothing needs to be undone when a sequence ends: its row is overwritten by the n
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nanovllm.engine.sampling_state import NO_LOGPROBS, SamplingOptions, SamplingState
 from nanovllm.engine.scheduler import ScheduledBatch, StartedSequence
-from nanovllm.layers.sampler import start_stream, uniform_of
 
 Int32Array = NDArray[np.int32]
 Int64Array = NDArray[np.int64]
+
+
+class PromptTargets(NamedTuple):
+    """Prompt tokens of one sequence whose log-probabilities this step can tell, by the hidden state before each."""
+
+    seq_id: int
+    num_logprobs: int
+    first_position: int  # of the first target in its prompt
+    first_index: int  # where the token before it is among num_tokens; the others follow
+    token_ids: Int64Array  # [num_targets]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +44,8 @@ class StepInputs:
     logits_indices: Int64Array  # [num_sampled]: where that token is among num_tokens
     temperatures: NDArray[np.float32]  # [num_sampled]
     uniforms: NDArray[np.float32]  # [num_sampled]
+    sampling_options: SamplingOptions | None  # None: no sampled row uses any
+    prompt_targets: tuple[PromptTargets, ...]  # empty: nobody asks for prompt_logprobs
 
 
 def placeholder_inputs(seqlens_q: list[int], context_len: int, max_blocks: int) -> StepInputs:
@@ -58,6 +71,8 @@ def placeholder_inputs(seqlens_q: list[int], context_len: int, max_blocks: int) 
         logits_indices=cu_seqlens_q[1:].astype(np.int64) - 1,
         temperatures=np.ones(num_seqs, np.float32),
         uniforms=np.zeros(num_seqs, np.float32),
+        sampling_options=None,
+        prompt_targets=(),
     )
 
 
@@ -81,9 +96,9 @@ class InputBatch:
         self.num_tokens = np.zeros(max_num_seqs, np.int64)
         self.num_prompt_tokens = np.zeros(max_num_seqs, np.int64)
         self.num_computed_tokens = np.zeros(max_num_seqs, np.int64)
-        self.temperatures = np.zeros(max_num_seqs, np.float32)
-        self.streams = np.zeros(max_num_seqs, np.uint64)  # of random numbers, by the seed of each
+        self.num_prompt_logprobs = np.full(max_num_seqs, NO_LOGPROBS, np.int64)
         self.seq_ids = np.zeros(max_num_seqs, np.int64)
+        self.sampling = SamplingState(max_num_seqs)
         self._counts = np.arange(1, max_num_seqs + 1)
 
     def apply(self, batch: ScheduledBatch) -> StepInputs:
@@ -110,8 +125,9 @@ class InputBatch:
         self.num_tokens[row] = len(started.token_ids)
         self.num_prompt_tokens[row] = started.num_prompt_tokens
         self.num_computed_tokens[row] = started.num_computed_tokens
-        self.temperatures[row] = started.sampling_params.temperature
-        self.streams[row] = start_stream(np.uint64(started.seed))[0]
+        wanted = started.sampling_params.prompt_logprobs
+        self.num_prompt_logprobs[row] = NO_LOGPROBS if wanted is None else wanted
+        self.sampling.start(started)
 
     def _make_inputs(self, batch: ScheduledBatch) -> StepInputs:
         rows, seqlens_q = batch.rows, batch.num_tokens
@@ -132,7 +148,7 @@ class InputBatch:
         width = -(-max_context_len // self.block_size)
         sampled = (end == self.num_tokens[rows]).nonzero()[0]
         sampled_rows = rows[sampled]
-        output_positions = self.num_tokens[sampled_rows] - self.num_prompt_tokens[sampled_rows]
+        sampled_lengths = self.num_tokens[sampled_rows]
         return StepInputs(
             input_ids=_gather(self.token_ids, owner, positions).astype(np.int64),
             positions=positions,
@@ -144,9 +160,29 @@ class InputBatch:
             max_context_len=max_context_len,
             sampled_rows=sampled_rows,
             logits_indices=ends[sampled] - 1,
-            temperatures=self.temperatures[sampled_rows],
-            uniforms=uniform_of(self.streams[sampled_rows], output_positions.astype(np.uint64)),
+            temperatures=self.sampling.temperatures[sampled_rows],
+            uniforms=self.sampling.uniforms(sampled_rows, sampled_lengths),
+            sampling_options=self.sampling.options(sampled_rows, sampled_lengths, self.token_ids),
+            prompt_targets=self._prompt_targets(rows, begin, end, cu_seqlens_q) if batch.num_prefill_tokens else (),
         )
+
+    def _prompt_targets(
+        self, rows: Int64Array, begin: Int64Array, end: Int64Array, cu_seqlens_q: Int32Array
+    ) -> tuple[PromptTargets, ...]:
+        targets: list[PromptTargets] = []
+        last = np.minimum(end, self.num_prompt_tokens[rows] - 1)  # the last target; the first one is begin + 1
+        for index in np.flatnonzero((self.num_prompt_logprobs[rows] != NO_LOGPROBS) & (last > begin)).tolist():
+            row, first = rows[index], int(begin[index]) + 1
+            targets.append(
+                PromptTargets(
+                    seq_id=int(self.seq_ids[row]),
+                    num_logprobs=int(self.num_prompt_logprobs[row]),
+                    first_position=first,
+                    first_index=int(cu_seqlens_q[index]),
+                    token_ids=self.token_ids[row, first : int(last[index]) + 1].astype(np.int64),
+                )
+            )
+        return tuple(targets)
 
 
 def _gather(table: Int32Array, rows: Int64Array, columns: Int64Array) -> Int32Array:

@@ -31,8 +31,6 @@ class StepTensors:
     positions: Tensor  # int64 [num_tokens]
     metadata: AttentionMetadata
     logits_indices: Tensor  # int64 [num_sampled]
-    temperatures: Tensor  # float32 [num_sampled]
-    uniforms: Tensor  # float32 [num_sampled]
 
 
 class InputBuffer:
@@ -81,8 +79,6 @@ class InputBuffer:
         _fill(host.cu_seqlens_q, inputs.cu_seqlens_q, range(num_seqs + 1, num_rows + 1))  # queries of one token
         host.block_tables[:num_seqs, :width] = inputs.block_tables  # nobody reads the others
         host.logits_indices[:] = inputs.logits_indices
-        host.temperatures[:] = inputs.temperatures
-        host.uniforms[:] = inputs.uniforms
         if self._device is not self._host:
             self._device[: layout.num_bytes].copy_(self._host[: layout.num_bytes], non_blocking=True)
         metadata = AttentionMetadata(
@@ -93,9 +89,7 @@ class InputBuffer:
             max_seqlen_q=inputs.max_seqlen_q,
             max_context_len=max_context_len,
         )
-        return StepTensors(
-            device.input_ids, device.positions, metadata, device.logits_indices, device.temperatures, device.uniforms
-        )
+        return StepTensors(device.input_ids, device.positions, metadata, device.logits_indices)
 
 
 def _fill(view: NDArray[np.generic], array: NDArray[np.generic], padding: int | range) -> None:
@@ -115,10 +109,7 @@ class _Views(Generic[Array]):
     context_lens: Array
     cu_seqlens_q: Array
     block_tables: Array
-    # Their number differs from what runs, in a padded batch. They come last, where they move nothing else.
-    logits_indices: Array
-    temperatures: Array
-    uniforms: Array
+    logits_indices: Array  # last: in a padded batch they are fewer than what runs, and must move nothing else
 
 
 class _Layout(NamedTuple):
@@ -132,7 +123,7 @@ class _Layout(NamedTuple):
     def of(shape: tuple[int, int, int, int], host: Tensor, device: Tensor) -> "_Layout":
         """The layout of steps with so many tokens, sequences, columns of the block tables, and sampled tokens."""
         num_tokens, num_seqs, max_blocks, num_sampled = shape
-        int64, int32, float32 = torch.int64, torch.int32, torch.float32
+        int64, int32 = torch.int64, torch.int32
         host_views, device_views, end = [], [], 0
         for dtype, size in (
             (int64, (num_tokens,)),
@@ -142,8 +133,6 @@ class _Layout(NamedTuple):
             (int32, (num_seqs + 1,)),
             (int32, (num_seqs, max_blocks)),
             (int64, (num_sampled,)),
-            (float32, (num_sampled,)),
-            (float32, (num_sampled,)),
         ):
             begin, num_bytes = end, math.prod(size) * dtype.itemsize
             end = begin + -(-num_bytes // ALIGNMENT) * ALIGNMENT

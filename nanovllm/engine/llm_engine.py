@@ -3,7 +3,7 @@
 import itertools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from random import Random
@@ -12,6 +12,7 @@ from typing import NamedTuple
 from nanovllm.config import DEFAULT_MAX_MODEL_LEN, EngineConfig
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.executor import Executor, SingleRankExecutor
+from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.parallel_executor import ParallelExecutor
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
@@ -55,6 +56,7 @@ class LLMEngine:
             max_num_batched_tokens=self.executor.max_num_batched_tokens,
             eos_token_ids=load_eos_token_ids(folder, self.tokenizer),
         )
+        self.output_processor = OutputProcessor(self.tokenizer)
         self._seq_ids = itertools.count()
         self._exited = False
         self._seed_source = Random(config.seed)
@@ -68,11 +70,19 @@ class LLMEngine:
             Its id, under which `step` will return it.
 
         Raises:
-            TypeError, ValueError: it can not be run; nothing was queued.
+            TypeError, ValueError: it can not be run, or asks for several completions; nothing was queued.
         """
-        (seq,) = self._make_sequences([prompt], [sampling_params])
-        self.scheduler.add(seq)
-        return seq.seq_id
+        sequences = self._make_sequences([prompt], [sampling_params])
+        if len(sequences) > 1:
+            raise ValueError(f"add_request takes n=1, got {sampling_params.n}: use generate, or add the request n times")
+        self._add(sequences[0])
+        return sequences[0].seq_id
+
+    def abort(self, request_ids: int | Iterable[int]) -> None:
+        """End requests now; their blocks are freed. Ids of requests that have ended already are ignored."""
+        wanted = {request_ids} if isinstance(request_ids, int) else set(request_ids)
+        sequences = [seq for seq in (*self.scheduler.running, *self.scheduler.waiting) if seq.seq_id in wanted]
+        self.scheduler.end(sequences, "abort")
 
     def step(self) -> tuple[list[tuple[int, list[int]]], int]:
         """Run one step.
@@ -95,8 +105,15 @@ class LLMEngine:
     def _run_step(self) -> StepResult:
         """Schedule, compute, take in."""
         batch = self.scheduler.schedule()
-        token_ids = self.executor.execute(batch)
-        finished = self.scheduler.update(batch, token_ids)
+        output = self.executor.execute(batch)
+        if output.logprobs is not None or output.prompt_logprobs:
+            sampled = self.scheduler.sampled_sequences(batch)
+            self.output_processor.take_logprobs(output, sampled, self.scheduler.running)
+        finished = self.scheduler.update(batch, output.token_ids)
+        stopped = self.output_processor.follow()
+        if stopped:
+            self.scheduler.end(stopped, "stop")
+            finished += stopped
         return StepResult(finished, batch.num_prefill_tokens, batch.num_decode_tokens)
 
     @contextmanager
@@ -104,14 +121,25 @@ class LLMEngine:
         """After any exception inside, Ctrl-C included, no request is left and all blocks are free: the engine can go on."""
         try:
             yield
-        except BaseException:
-            self.scheduler.reset()
+        except GeneratorExit:  # a caller left the loop, which has aborted its requests
             raise
+        except BaseException:
+            self._drop_all()
+            raise
+
+    def _drop_all(self) -> None:
+        """Forget every request and free every block."""
+        self.scheduler.reset()
+        self.output_processor.reset()
 
     # ---- requests ----
 
+    def _add(self, seq: Sequence, streams: bool = False) -> None:
+        self.output_processor.add(seq, streams)
+        self.scheduler.add(seq)
+
     def _make_sequences(self, prompts: Items[Prompt], params: Items[SamplingParams]) -> list[Sequence]:
-        """Check all requests, then make a sequence of each."""
+        """Check all requests, then make a sequence of each, or n with the same prompt."""
         if self._exited:
             raise RuntimeError("the engine has exited: make a new LLM")
         for index, one in enumerate(params):
@@ -120,16 +148,41 @@ class LLMEngine:
         token_ids = tokenize(prompts, self.tokenizer, self.vocab_size)
         for index, (tokens, one) in enumerate(zip(token_ids, params, strict=True)):
             self._check_length(index, len(tokens), one)
+            self._check_tokens(index, one)
         return [
             Sequence(
                 seq_id=next(self._seq_ids),
                 token_ids=tokens,
                 sampling_params=one,
-                seed=self._seed_source.randint(0, MAX_SEED) if one.seed is None else one.seed,
+                seed=self._seed_source.randint(0, MAX_SEED) if one.seed is None else derive_seed(one.seed, completion),
                 max_total_tokens=self._max_total_tokens(len(tokens), one),
+                prompt_index=index,
+                completion_index=completion,
             )
-            for tokens, one in zip(token_ids, params, strict=True)
+            for index, (tokens, one) in enumerate(zip(token_ids, params, strict=True))
+            for completion in range(one.n)
         ]
+
+    def _check_tokens(self, index: int, params: SamplingParams) -> None:
+        """Check what of the sampling parameters depends on the model."""
+        last = self.vocab_size - 1
+        for name, token_ids in (
+            ("stop_token_ids", params.stop_token_ids),
+            ("allowed_token_ids", params.allowed_token_ids or ()),
+            ("logit_bias", dict(params.logit_bias)),
+        ):
+            wrong = [token for token in token_ids if token > last]
+            if wrong:
+                raise ValueError(f"{name} of prompt {index} has token {wrong[0]}; the vocabulary is 0 to {last}")
+        if params.stop and self.tokenizer is None:
+            raise ValueError(f"prompt {index} has stop strings, but the checkpoint has no tokenizer: use stop_token_ids")
+        if params.allowed_token_ids is not None and params.min_tokens > 0:
+            ends = {*params.stop_token_ids, *(() if params.ignore_eos else self.scheduler.eos_token_ids.tolist())}
+            if ends.issuperset(params.allowed_token_ids):
+                raise ValueError(
+                    f"prompt {index} has allowed_token_ids that all end the output, but min_tokens={params.min_tokens}: "
+                    f"nothing could be sampled. Allow another token or lower min_tokens"
+                )
 
     def _check_length(self, index: int, num_prompt_tokens: int, params: SamplingParams) -> None:
         if num_prompt_tokens >= self.max_model_len:
@@ -155,8 +208,13 @@ class LLMEngine:
     def exit(self) -> None:
         """Drop all requests and give back the memory. May be called twice; afterwards nothing can be generated."""
         self._exited = True
-        self.scheduler.reset()
+        self._drop_all()
         self.executor.exit()
+
+
+def derive_seed(seed: int, completion: int) -> int:
+    """The seed of the i-th of several completions; that of the first is the request's own."""
+    return seed if completion == 0 else Random(f"{seed}/{completion}").randint(0, MAX_SEED)
 
 
 def choose_max_model_len(config: EngineConfig, model_config: ModelConfig) -> int:

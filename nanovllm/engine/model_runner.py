@@ -3,6 +3,7 @@
 import logging
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from nanovllm.engine.input_batch import InputBatch, StepInputs, placeholder_inpu
 from nanovllm.engine.input_buffer import InputBuffer, StepTensors
 from nanovllm.engine.kv_cache import allocate_kv_cache, decide_num_blocks
 from nanovllm.engine.scheduler import ScheduledBatch
+from nanovllm.layers.logits_processors import edit_logits
+from nanovllm.layers.logprobs import Logprobs, compute_logprobs, compute_prompt_logprobs
 from nanovllm.layers.packed_weight import pack_weights
 from nanovllm.layers.sampler import sample
 from nanovllm.models import get_model_class
@@ -27,6 +30,24 @@ from nanovllm.utils.loader import load_weights, materialize
 from nanovllm.utils.ranks import Ranks
 
 logger = logging.getLogger(__name__)
+
+NO_TOKENS = np.zeros(0, np.int64)
+
+
+class PromptLogprobs(NamedTuple):
+    """Log-probabilities of some prompt tokens of one sequence, the first of them at `first_position`."""
+
+    seq_id: int
+    first_position: int
+    logprobs: Logprobs
+
+
+class StepOutput(NamedTuple):
+    """What one step computed."""
+
+    token_ids: NDArray[np.int64]  # [num_sampled]: one for each sequence whose last token was in the batch, in its order
+    logprobs: Logprobs | None = None  # of all rows of token_ids if one asks for them, as many as the most demanding asks
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
 
 
 class ModelRunner:
@@ -70,7 +91,7 @@ class ModelRunner:
         self.max_model_len = max_model_len
         self.max_num_batched_tokens = config.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[self.device.type]
         self.input_batch = InputBatch(config.max_num_seqs, max_model_len, self.block_size)
-        self._sampled_rows = np.zeros(0, np.int64)  # by the last step
+        self._sampled_rows = NO_TOKENS  # by the last step
         self.input_buffer = self._make_input_buffer(config.max_num_seqs)
         num_layers = model_config.num_layers
         num_blocks = decide_num_blocks(
@@ -85,12 +106,10 @@ class ModelRunner:
         logger.info("%s, %s, %d KV blocks of %d", self.device, self.dtype, self.num_kvcache_blocks, self.block_size)
 
     @torch.inference_mode()
-    def execute(self, batch: ScheduledBatch) -> NDArray[np.int64]:
+    def execute(self, batch: ScheduledBatch) -> StepOutput:
         """Compute one step.
 
-        Returns:
-            [num_sampled]: one token for each sequence whose last token was in the batch, in batch order. Rank 0 alone
-            samples; others return nothing, and are told by `append_sampled`.
+        Rank 0 alone samples; the others return no tokens, and are told by `append_sampled`.
 
         Raises:
             FloatingPointError: a request's logits are NaN or infinite.
@@ -98,19 +117,43 @@ class ModelRunner:
         inputs = self.input_batch.apply(batch)
         self._sampled_rows = inputs.sampled_rows
         hidden_states, step = self._compute(inputs)
+        prompt_logprobs = self._prompt_logprobs(inputs, hidden_states)
         if len(inputs.sampled_rows) == 0:
             self._wait()
-            return np.zeros(0, np.int64)
+            return StepOutput(NO_TOKENS, None, prompt_logprobs)
         logits = self.model.compute_logits(hidden_states[step.logits_indices])
         if self.ranks.rank != 0:
             self._wait()
-            return np.zeros(0, np.int64)
-        token_ids: NDArray[np.int64] = sample(logits, step.temperatures, step.uniforms).cpu().numpy()
+            return StepOutput(NO_TOKENS)
+        token_ids, logprobs = self._sample(inputs, logits)
+        self.append_sampled(token_ids)
+        return StepOutput(token_ids, logprobs, prompt_logprobs)
+
+    def _sample(self, inputs: StepInputs, logits: Tensor) -> tuple[NDArray[np.int64], Logprobs | None]:
+        options = inputs.sampling_options
+        edited, filters = logits, None
+        if options is not None:
+            filters = options.filters
+            edited = logits if options.edits is None else edit_logits(logits, options.edits)
+        sampled = sample(edited, torch.from_numpy(inputs.temperatures), torch.from_numpy(inputs.uniforms), filters)
+        token_ids: NDArray[np.int64] = sampled.numpy()
         if token_ids.min() < 0:
             seq_id = self.input_batch.seq_ids[inputs.sampled_rows[token_ids.argmin()]]
             raise FloatingPointError(f"the logits of request {seq_id} are NaN or infinite: are the weights sound?")
-        self.append_sampled(token_ids)
-        return token_ids
+        if options is None or options.num_logprobs is None:
+            return token_ids, None
+        return token_ids, compute_logprobs(logits, sampled.to(self.device), int(options.num_logprobs.max()))
+
+    def _prompt_logprobs(self, inputs: StepInputs, hidden_states: Tensor) -> tuple[PromptLogprobs, ...]:
+        result: list[PromptLogprobs] = []
+        for target in inputs.prompt_targets:
+            states = hidden_states[target.first_index : target.first_index + len(target.token_ids)]
+            chosen = torch.from_numpy(target.token_ids).to(self.device)
+            if self.ranks.rank != 0:
+                chosen = torch.zeros_like(chosen)  # what it computes of its part of the vocabulary is of no use
+            logprobs = compute_prompt_logprobs(states, chosen, target.num_logprobs, self.model.compute_logits)
+            result.append(PromptLogprobs(target.seq_id, target.first_position, logprobs))
+        return tuple(result)
 
     def append_sampled(self, token_ids: NDArray[np.int64]) -> None:
         """Take in the tokens that were sampled in the last step."""
@@ -151,7 +194,7 @@ class ModelRunner:
             inputs = placeholder_inputs(seqlens_q, self.max_model_len, self.input_batch.max_blocks)
             step = self.input_buffer.upload(inputs)
             logits = self.model.compute_logits(self._forward(step)[step.logits_indices])
-            sample(logits, step.temperatures, step.uniforms)
+            sample(logits, torch.from_numpy(inputs.temperatures), torch.from_numpy(inputs.uniforms))
             self._wait()  # the input buffer is used again
 
     @torch.inference_mode()

@@ -11,12 +11,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from nanovllm.config import EngineConfig
-from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.model_runner import NO_TOKENS, ModelRunner, StepOutput
 from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.engine.workers import GRACE, Job, Step, WorkerError, Workers
 from nanovllm.models.config import ModelConfig
@@ -24,8 +22,6 @@ from nanovllm.utils.collectives import PeerLostError
 from nanovllm.utils.device import choose_device
 from nanovllm.utils.interrupts import hold_interrupts
 from nanovllm.utils.ranks import Ranks
-
-NO_TOKENS = np.zeros(0, np.int64)
 
 
 class ParallelExecutor:
@@ -56,7 +52,7 @@ class ParallelExecutor:
         config = replace(config, num_kvcache_blocks=self.num_kvcache_blocks)
         self._make_runner = partial(ModelRunner, folder, model_config, config, max_model_len)
 
-    def execute(self, batch: ScheduledBatch) -> NDArray[np.int64]:
+    def execute(self, batch: ScheduledBatch) -> StepOutput:
         """See `Executor.execute`.
 
         Raises:
@@ -72,13 +68,13 @@ class ParallelExecutor:
             try:
                 sampled, self._sampled = self._sampled, NO_TOKENS
                 self._workers.send(Step(sampled, batch))
-                token_ids = self._runner.execute(batch)
+                output = self._runner.execute(batch)
                 self._workers.check()  # one that was lost on a GPU leaves nonsense
-                self._sampled = token_ids
+                self._sampled = output.token_ids
             except BaseException as error:
                 self._recover(error)
                 raise
-        return token_ids
+        return output
 
     def exit(self) -> None:
         """See `Executor.exit`."""

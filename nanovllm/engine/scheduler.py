@@ -11,6 +11,7 @@ A running sequence has a row: its index in the arrays that say how far it is, he
 to all sequences in every step is done on the arrays; Python loops only over those to which something special happens.
 """
 
+import time
 from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence
+from nanovllm.outputs import FinishReason
 from nanovllm.sampling_params import SamplingParams
 
 IntArray = NDArray[np.int64]
@@ -37,6 +39,7 @@ class StartedSequence:
     block_table: tuple[int, ...]
     sampling_params: SamplingParams
     seed: int
+    stop_token_ids: tuple[int, ...] = ()  # what min_tokens forbids at first
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,6 +83,7 @@ class Scheduler:
         self.max_total_tokens = np.zeros(max_num_seqs, np.int64)
         self.capacity = np.zeros(max_num_seqs, np.int64)  # tokens that the sequence's blocks can hold
         self.ends_at_eos = np.zeros(max_num_seqs, np.bool_)
+        self.ends_at_others = np.zeros(max_num_seqs, np.bool_)  # at stop_token_ids of its own
         self.reset()
 
     def reset(self) -> None:
@@ -173,8 +177,9 @@ class Scheduler:
         passed_over: list[Sequence] = []
         while self.waiting and budget > 0 and len(self.running) + len(passed_over) < self.max_num_seqs:
             seq = self.waiting[0]
-            hits = self.block_manager.find_prefix(seq)
-            if self.block_manager.is_next_block_being_computed(seq, len(hits)):
+            # A cached token has no hidden state, of which the log-probabilities of the next are made.
+            hits = [] if seq.needs_prompt_logprobs else self.block_manager.find_prefix(seq)
+            if not seq.needs_prompt_logprobs and self.block_manager.is_next_block_being_computed(seq, len(hits)):
                 passed_over.append(self.waiting.popleft())
                 continue
             if not self.block_manager.can_allocate(seq, hits):
@@ -195,7 +200,9 @@ class Scheduler:
         self.num_prompt_tokens[row] = seq.num_prompt_tokens
         self.max_total_tokens[row] = seq.max_total_tokens
         self.capacity[row] = len(seq.block_table) * self.block_manager.block_size
-        self.ends_at_eos[row] = not seq.sampling_params.ignore_eos
+        params = seq.sampling_params
+        self.ends_at_eos[row] = not params.ignore_eos
+        self.ends_at_others[row] = bool(params.stop_token_ids)
         return StartedSequence(
             row=row,
             seq_id=seq.seq_id,
@@ -203,9 +210,14 @@ class Scheduler:
             num_prompt_tokens=seq.num_prompt_tokens,
             num_computed_tokens=num_computed_tokens,
             block_table=tuple(seq.block_table),
-            sampling_params=seq.sampling_params,
+            sampling_params=params,
             seed=seq.seed,
+            stop_token_ids=self._stop_token_ids(seq) if params.min_tokens else (),
         )
+
+    def _stop_token_ids(self, seq: Sequence) -> tuple[int, ...]:
+        eos = () if seq.sampling_params.ignore_eos else self.eos_token_ids.tolist()
+        return tuple(sorted({*eos, *seq.sampling_params.stop_token_ids}))
 
     def _sort_running(self) -> list[int]:
         """Restore the order of arrival: one that had been passed over may be older than some that run.
@@ -242,7 +254,15 @@ class Scheduler:
         running = self.running
         for position, token_id in zip(sampled.tolist(), token_ids.tolist(), strict=True):
             running[position].token_ids.append(token_id)
+        if batch.num_prefill_tokens:
+            for position in sampled[self.num_tokens[rows[sampled]] == self.num_prompt_tokens[rows[sampled]]].tolist():
+                running[position].first_token_time = time.perf_counter()
         return self._finish(sampled, rows[sampled], token_ids)
+
+    def sampled_sequences(self, batch: ScheduledBatch) -> list[Sequence]:
+        """Those whose last token is in the batch, in its order. To be called before `update`."""
+        computed = self.num_computed_tokens[batch.rows] + batch.num_tokens
+        return [self.running[position] for position in np.flatnonzero(computed == self.num_tokens[batch.rows])]
 
     def _finish(self, positions: IntArray, rows: IntArray, token_ids: NDArray[np.integer]) -> list[Sequence]:
         """End the sequences that sampled `token_ids` and are through."""
@@ -252,15 +272,40 @@ class Scheduler:
         for eos in self.eos_token_ids:  # one or two: `isin` would take ten times as long
             stopped |= token_ids == eos
         stopped &= self.ends_at_eos[rows]
+        if (others := self.ends_at_others[rows]).any():
+            for index in np.flatnonzero(others & ~stopped).tolist():
+                seq = self.running[positions[index]]
+                if token_ids[index] in seq.sampling_params.stop_token_ids:
+                    seq.stop_reason = int(token_ids[index])
+                    stopped[index] = True
         ended = (stopped | (num_tokens >= self.max_total_tokens[rows])).nonzero()[0]
-        finished: list[Sequence] = []
-        for index in ended.tolist():
-            seq = self.running[positions[index]]
-            seq.finish_reason = "stop" if stopped[index] else "length"
-            self.block_manager.free(seq)
-            finished.append(seq)
-        if finished:
-            self._free_rows.extend(rows[ended].tolist())
-            self._rows = np.delete(self._rows, positions[ended])
-            self.running = [seq for seq in self.running if seq.finish_reason is None]
+        if len(ended) == 0:
+            return []
+        finished = [self.running[position] for position in positions[ended].tolist()]
+        for seq, at_token in zip(finished, stopped[ended].tolist(), strict=True):
+            seq.ended_at_stop_token = at_token
+            seq.finish_reason = "stop" if at_token else "length"
+        self._release(positions[ended])
         return finished
+
+    def end(self, sequences: Collection[Sequence], reason: FinishReason) -> None:
+        """End sequences before their time, whether they wait or run; between two steps."""
+        for seq in sequences:
+            assert seq.finish_reason is None, f"request {seq.seq_id} has ended before"
+            seq.finish_reason = reason
+            seq.finish_time = time.perf_counter()
+        positions = [position for position, seq in enumerate(self.running) if seq.finish_reason is not None]
+        if positions:
+            self._release(np.array(positions, np.int64))
+        if any(seq.finish_reason is not None for seq in self.waiting):
+            self.waiting = deque(seq for seq in self.waiting if seq.finish_reason is None)
+
+    def _release(self, positions: IntArray) -> None:
+        """Take back blocks and rows of the running sequences at `positions`, which have a finish reason."""
+        for position in positions.tolist():
+            seq = self.running[position]
+            seq.finish_time = time.perf_counter()
+            self.block_manager.free(seq)
+        self._free_rows.extend(self._rows[positions].tolist())
+        self._rows = np.delete(self._rows, positions)
+        self.running = [seq for seq in self.running if seq.finish_reason is None]

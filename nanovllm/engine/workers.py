@@ -37,7 +37,7 @@ _PROGRAM = Path(__file__).with_name("worker_main.py")
 class Runner(Protocol):
     """What a worker runs; `ModelRunner` is one."""
 
-    def execute(self, batch: ScheduledBatch) -> NDArray[np.int64]:
+    def execute(self, batch: ScheduledBatch) -> object:
         """Compute one step."""
 
     def append_sampled(self, token_ids: NDArray[np.int64]) -> None:

@@ -1,14 +1,16 @@
-"""The tokenizer and the end-of-sequence tokens of a checkpoint, and the way from prompts to token ids."""
+"""The tokenizer and the end-of-sequence tokens of a checkpoint, and the way from prompts and conversations to token ids."""
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 Prompt = str | Sequence[int]
+Conversation = Sequence[Mapping[str, Any]]
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
@@ -101,3 +103,31 @@ def _check_types(index: int, prompt: object) -> list[int]:
         if isinstance(token, bool) or not isinstance(token, Integral):
             raise TypeError(f"prompt {index} must be a str or a list of token ids, it holds {token!r}")
     return [int(token) for token in prompt]  # such as numpy's
+
+
+def render_chats(
+    conversations: Conversation | Sequence[Conversation], tokenizer: PreTrainedTokenizerBase | None, **template_args: Any
+) -> list[list[int]]:
+    """The token ids that the checkpoint's chat template makes of conversations, ready for the assistant's answer.
+
+    Raises:
+        TypeError: not a conversation.
+        ValueError: no chat template, or it refuses a conversation; with its index.
+    """
+    if tokenizer is None or not tokenizer.chat_template:
+        missing = "tokenizer" if tokenizer is None else "chat template"
+        raise ValueError(f"the checkpoint has no {missing}: chat needs one. Use generate with prompts of your own")
+    if not isinstance(conversations, Sequence) or isinstance(conversations, str):
+        raise TypeError(f"conversations must be lists of messages, got {type(conversations).__name__}")
+    batch: Any = [conversations] if conversations and isinstance(conversations[0], Mapping) else conversations
+    options = {"add_generation_prompt": True, **template_args}
+    texts: list[str] = []
+    for index, conversation in enumerate(batch):
+        if not isinstance(conversation, Sequence) or not all(isinstance(message, Mapping) for message in conversation):
+            raise TypeError(f"conversation {index} must be a list of messages, dicts with 'role' and 'content'")
+        try:
+            texts.append(tokenizer.apply_chat_template(list(conversation), tokenize=False, **options))
+        except Exception as error:  # whatever the template's code raises
+            raise ValueError(f"the chat template refuses conversation {index}: {error}") from error
+    # The template writes the special tokens itself.
+    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 import nanovllm
 from nanovllm import LLM, SamplingParams
 from nanovllm.config import EngineConfig
 from nanovllm.engine import llm_engine
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.model_runner import StepOutput
 from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.models.config import ModelConfig
 
@@ -38,7 +38,7 @@ class CountingExecutor:
         self.token_ids: dict[int, list[int]] = {}  # by row
         self.num_computed: dict[int, int] = {}
 
-    def execute(self, batch: ScheduledBatch) -> NDArray[np.int64]:
+    def execute(self, batch: ScheduledBatch) -> StepOutput:
         self.calls.append("execute")
         if self.error is not None:
             raise self.error
@@ -52,7 +52,7 @@ class CountingExecutor:
             if self.num_computed[row] == len(self.token_ids[row]):
                 self.token_ids[row].append((self.token_ids[row][-1] + 1) % VOCAB_SIZE)
                 sampled.append(self.token_ids[row][-1])
-        return np.array(sampled, np.int64)
+        return StepOutput(np.array(sampled, np.int64))
 
     def exit(self) -> None:
         self.calls.append("exit")
@@ -202,7 +202,7 @@ def test_executor_that_gives_the_wrong_number_of_tokens(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, token_ids: list[int]
 ) -> None:
     llm, executor = make_engine()
-    monkeypatch.setattr(executor, "execute", lambda batch: np.array(token_ids, np.int64))
+    monkeypatch.setattr(executor, "execute", lambda batch: StepOutput(np.array(token_ids, np.int64)))
     llm.add_request([1, 2, 3], params(5))
     with pytest.raises(AssertionError, match="sampled"):
         llm.step()

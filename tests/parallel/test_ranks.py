@@ -25,6 +25,9 @@ class CountingTensor:
     def get_shape(self) -> list[int]:
         return self._tensor.get_shape()
 
+    def get_dtype(self) -> str:
+        return self._tensor.get_dtype()
+
     def __getitem__(self, key: object) -> Tensor:
         part = self._tensor[key]
         self._reads.append(part.numel())

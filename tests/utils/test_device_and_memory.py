@@ -211,7 +211,7 @@ def host_memory(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def decide(max_model_len: int = 100, spec: AttentionSpec = SPEC, **config: Any) -> int:
-    return decide_num_blocks(EngineConfig(**config), spec, NUM_LAYERS, max_model_len)
+    return decide_num_blocks(EngineConfig(**config), spec, NUM_LAYERS, max_model_len, largest_step=lambda: None)
 
 
 def test_bytes_of_a_block() -> None:
@@ -249,27 +249,3 @@ def test_one_block_is_enough_and_none_is_an_error(host_memory: Any) -> None:
         decide()
     with pytest.raises(ValueError, match="no memory for the KV cache: 1073 bytes"):
         decide(kvcache_memory_gb=1e-6)
-
-
-GPU_SPEC = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=8, block_size=16, dtype=torch.float32, device=CUDA)
-
-
-@pytest.mark.parametrize(
-    ("free", "total", "utilization", "expected"),
-    [
-        (100, 100, 1.0, 100),
-        (60, 100, 1.0, 60),  # 40 are taken: by the weights, or by others
-        (60, 100, 0.75, 35),
-        (30, 100, 0.5, None),  # more is taken than may be used: nothing is left, not less than nothing
-    ],
-)
-def test_gpu_memory(
-    free: int, total: int, utilization: float, expected: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one = NUM_LAYERS * BLOCK_BYTES
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * one, total * one))
-    if expected is None:
-        with pytest.raises(ValueError, match=r"no memory for the KV cache: 0 bytes .*raise gpu_memory_utilization"):
-            decide(spec=GPU_SPEC, gpu_memory_utilization=utilization)
-    else:
-        assert decide(spec=GPU_SPEC, gpu_memory_utilization=utilization) == expected

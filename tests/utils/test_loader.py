@@ -507,22 +507,6 @@ def test_ranks_shares_of_a_checkpoint_are_the_whole_of_it(checkpoint: Checkpoint
             assert all(torch.equal(share, parameter) for share in shares), name
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72}, "number of q heads is 9"),
-        ({"num_attention_heads": 4, "num_key_value_heads": 1}, "number of k heads is 1"),  # whose size would divide
-        ({"vocab_size": 321}, "vocab_size is 321"),
-        ({"intermediate_size": 97}, "'gate' is 97"),
-    ],
-)
-def test_what_does_not_divide_by_the_ranks_is_refused(
-    options: dict[str, int], message: str, checkpoint: CheckpointFactory
-) -> None:
-    with pytest.raises(ValueError, match=rf"{message}.* tensor_parallel_size 2"):
-        build(checkpoint(**options), Ranks(0, 2))
-
-
 def test_collectives_of_several_ranks_are_not_passed_over_silently() -> None:
     for collective in (Ranks(1, 2).all_reduce, Ranks(1, 2).gather_last_dim):
         with pytest.raises(AssertionError, match="not connected"):
