@@ -17,7 +17,7 @@ from nanovllm.outputs import RequestOutput
 
 CheckpointFactory = Callable[..., Path]
 
-BACKENDS = ["torch_reference"]
+BACKENDS = ["torch_reference", "cpu"]
 ARCHITECTURES = ["Qwen3ForCausalLM", "LlamaForCausalLM"]
 BLOCK_SIZES = [16, 32, 48, 256]
 VOCAB_SIZE = 320

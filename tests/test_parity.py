@@ -148,9 +148,9 @@ def complete_with_ours(
     """Our greedy completions of a batch, with the logits as the sampler saw them; all prompts stay in every batch."""
     steps: list[Tensor] = []
 
-    def record_and_sample(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> Tensor:
+    def record_and_sample(logits: Tensor, *how: Any) -> Tensor:
         steps.append(logits.float())
-        return sample(logits, temperatures, uniforms)
+        return sample(logits, *how)
 
     monkeypatch.setattr(model_runner, "sample", record_and_sample)
     with LLM(folder, device="cpu", max_num_seqs=len(prompts), **config) as llm:
@@ -167,7 +167,14 @@ def test_tiny_models_give_transformers_logits_and_tokens(
     references = make_references(folder)
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS)
     prompts = [reference.prompt for reference in references]
-    ours = complete_with_ours(monkeypatch, folder, prompts, params, dtype="float32", max_model_len=MAX_MODEL_LEN)
+    config = {"dtype": "float32", "max_model_len": MAX_MODEL_LEN}
+    for backend in ("torch_reference", "cpu"):
+        ours = complete_with_ours(monkeypatch, folder, prompts, params, attention_backend=backend, **config)
+        assert_equal(ours, references)
+
+
+def assert_equal(ours: list[Completion], references: list[Completion]) -> None:
+    """The same tokens, and logits within the tolerance."""
     for reference, completion in zip(references, ours, strict=True):
         assert completion.token_ids == reference.token_ids
         torch.testing.assert_close(completion.logits, reference.logits, rtol=0, atol=TOLERANCE)

@@ -95,8 +95,16 @@ def generate(llm: LLM, first_token: int = 0) -> list[list[int]]:
 
 
 def workers() -> list[psutil.Process]:
-    """The worker processes of this process's engines."""
-    return [child for child in psutil.Process().children(recursive=True) if is_alive(child)]
+    """All processes that this one has started and that run, but for the one that other tests' use of multiprocessing leaves."""
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if is_alive(child) and not is_resource_tracker(child)]
+
+
+def is_resource_tracker(process: psutil.Process) -> bool:
+    try:
+        return any("resource_tracker" in argument for argument in process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
 
 
 def is_alive(process: psutil.Process) -> bool:
