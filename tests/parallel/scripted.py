@@ -95,7 +95,7 @@ def generate(llm: LLM, first_token: int = 0) -> list[list[int]]:
 
 
 def workers() -> list[psutil.Process]:
-    """All processes that this one has started and that run, but for the one that other tests' use of multiprocessing leaves."""
+    """What this process has started and still runs, but for the helper that other tests leave: multiprocessing's tracker."""
     children = psutil.Process().children(recursive=True)
     return [child for child in children if is_alive(child) and not is_resource_tracker(child)]
 
