@@ -761,8 +761,8 @@ def serve(num_requests: int, token_ids: Callable[[int], list[int]], max_tokens: 
 @pytest.mark.parametrize("token_ids", [lambda seq_id: [seq_id], lambda seq_id: [7]], ids=["different", "equal"])
 def test_one_token_requests_cost_the_same_however_many(token_ids: Callable[[int], list[int]]) -> None:
     options = {"num_blocks": 1000, "max_num_seqs": 512, "budget": 2048}
-    few = count_calls(serve(2_560, token_ids, max_tokens=1, **options))
-    many = count_calls(serve(25_600, token_ids, max_tokens=1, **options))
+    few = count_calls(serve(5_120, token_ids, max_tokens=1, **options))
+    many = count_calls(serve(51_200, token_ids, max_tokens=1, **options))
     assert 9.8 < many / few < 10.2
 
 
