@@ -115,6 +115,7 @@ class Scheduler:
         budget = self.max_num_batched_tokens - int(num_tokens.sum())
         if self.waiting and budget and not preempted:
             started = self._admit(budget)
+        if started:
             num_tokens = np.append(num_tokens, self._share(self._rows[len(num_tokens) :], budget))
             num_tokens = num_tokens[self._sort_running()]
         # Where the budget is used up the newest get nothing: the batch is a prefix of the running ones.
