@@ -30,6 +30,7 @@ from benchmarks.host_overhead import print_host_overhead
 from example import choose_model
 from nanovllm import LLM, SamplingParams
 from nanovllm.layers.sampler import Filters, sample
+from nanovllm.utils.device import choose_device, choose_dtype
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,9 @@ def run_transformers(model: str, workload: Workload, args: argparse.Namespace) -
     from transformers import AutoModelForCausalLM
 
     start = time.perf_counter()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    lm = AutoModelForCausalLM.from_pretrained(model, torch_dtype="auto").to(device)
+    device = choose_device("auto")
+    lm = AutoModelForCausalLM.from_pretrained(model, torch_dtype="auto")
+    lm = lm.to(device, choose_dtype("auto", lm.dtype, device))  # as ours: a CPU may have no bf16 instructions
     load_s = time.perf_counter() - start
 
     def measure() -> Measurement:
