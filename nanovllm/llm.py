@@ -47,7 +47,7 @@ class LLM(LLMEngine):
             RuntimeError: other requests are unfinished, or the engine has exited.
         """
         sequences = self._prepare(prompts, sampling_params)
-        with self._clean_after_exceptions():
+        with self._clean_after_exceptions():  # those between two steps, which `_run` does not see
             for _ in self._run(sequences, use_tqdm):
                 pass
         return self.output_processor.make_outputs(sequences)

@@ -1,5 +1,6 @@
 """What the tests share: tiny random checkpoints, made once a session, and the one real model."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,3 +71,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> CheckpointFactory:
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct, the real model that the examples use."""
     return default_model()
+
+
+@pytest.fixture(scope="session")
+def tiny_text_model(smollm2: Path, checkpoint: CheckpointFactory, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model with a real tokenizer: any bytes may come, and fast."""
+    folder = tmp_path_factory.mktemp("model")
+    for source in (smollm2, checkpoint(vocab_size=49152, eos_token_id=2, num_hidden_layers=1)):
+        for file in source.iterdir():
+            if source != smollm2 or "token" in file.name or file.suffix in (".jinja", ".txt"):
+                shutil.copy(file, folder)
+    return folder

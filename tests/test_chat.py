@@ -1,6 +1,5 @@
 """Chat: the checkpoint's template, its arguments, and what cannot be a conversation."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,14 +12,8 @@ QUESTION = [{"role": "user", "content": "What is 2 + 2?"}]
 
 
 @pytest.fixture(scope="module")
-def llm(smollm2: Path, checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
-    """A tiny random model with a real tokenizer: any bytes may come, and fast."""
-    folder = tmp_path_factory.mktemp("model")
-    for source in (smollm2, checkpoint(vocab_size=49152, eos_token_id=2, num_hidden_layers=1)):
-        for file in source.iterdir():
-            if source != smollm2 or "token" in file.name or file.suffix in (".jinja", ".txt"):
-                shutil.copy(file, folder)
-    with LLM(folder, max_model_len=128, num_kvcache_blocks=64, device="cpu", dtype="float32") as llm:
+def llm(tiny_text_model: Path) -> Iterator[LLM]:
+    with LLM(tiny_text_model, max_model_len=128, num_kvcache_blocks=64, device="cpu", dtype="float32") as llm:
         yield llm
 
 

@@ -1,8 +1,7 @@
 """Streaming, stop strings, aborting: the pieces are `generate`'s text, and whoever leaves early leaves nothing behind."""
 
-import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,14 +17,8 @@ PROMPTS = ["Once upon a time", "The capital of France is", "Привет, мир
 
 
 @pytest.fixture(scope="module")
-def llm(smollm2: Path, checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
-    """A tiny random model with a real tokenizer: any bytes may come, and fast."""
-    folder = tmp_path_factory.mktemp("model")
-    for source in (smollm2, checkpoint(vocab_size=49152, eos_token_id=2, num_hidden_layers=1)):
-        for file in source.iterdir():
-            if source != smollm2 or "token" in file.name or file.suffix in (".jinja", ".txt"):
-                shutil.copy(file, folder)
-    with LLM(folder, max_model_len=128, num_kvcache_blocks=64, device="cpu", dtype="float32") as llm:
+def llm(tiny_text_model: Path) -> Iterator[LLM]:
+    with LLM(tiny_text_model, max_model_len=128, num_kvcache_blocks=64, device="cpu", dtype="float32") as llm:
         yield llm
 
 
