@@ -72,11 +72,11 @@ class LLMEngine:
         Raises:
             TypeError, ValueError: it can not be run, or asks for several completions; nothing was queued.
         """
-        sequences = self._make_sequences([prompt], [sampling_params])
-        if len(sequences) > 1:
+        if isinstance(sampling_params, SamplingParams) and sampling_params.n > 1:
             raise ValueError(f"add_request takes n=1, got {sampling_params.n}: use generate, or add the request n times")
-        self._add(sequences[0])
-        return sequences[0].seq_id
+        (seq,) = self._make_sequences([prompt], [sampling_params])
+        self._add(seq)
+        return seq.seq_id
 
     def abort(self, request_ids: int | Iterable[int]) -> None:
         """End requests now; their blocks are freed. Ids of requests that have ended already are ignored."""

@@ -216,6 +216,8 @@ def test_refused_requests_use_up_no_ids(make_engine: MakeEngine) -> None:
     assert llm.add_request([1], params(1)) == 0
     with pytest.raises(ValueError, match="empty"):
         llm.add_request([], params(1))
+    with pytest.raises(ValueError, match="add_request takes n=1, got 2"):
+        llm.add_request([1], SamplingParams(n=2))
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         llm._make_sequences([[1], []], [params(1)] * 2)
     assert llm.add_request([1], params(1)) == 1
