@@ -16,7 +16,7 @@ from nanovllm.engine.cuda_graph import Capture, CudaCapture, DecodeGraphs, Run, 
 from nanovllm.engine.input_batch import InputBatch, StepInputs, placeholder_inputs
 from nanovllm.engine.input_buffer import InputBuffer, StepTensors
 from nanovllm.engine.kv_cache import allocate_kv_cache, decide_num_blocks
-from nanovllm.engine.scheduler import ScheduledBatch
+from nanovllm.engine.scheduled_batch import ScheduledBatch
 from nanovllm.layers.logits_processors import edit_logits
 from nanovllm.layers.logprobs import Logprobs, compute_logprobs, compute_prompt_logprobs
 from nanovllm.layers.packed_weight import pack_weights

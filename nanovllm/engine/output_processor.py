@@ -80,7 +80,7 @@ class OutputProcessor:
             completion=seq.completion_index,
             request_id=seq.seq_id,
             text=seq.detokenizer.take(),
-            token_ids=seq.token_ids[seq.num_prompt_tokens + num_known :],
+            token_ids=seq.token_ids[seq.num_prompt_tokens + num_known :].tolist(),
             finish_reason=seq.finish_reason,
             stop_reason=seq.stop_reason,
         )

@@ -1,8 +1,8 @@
 """The sampler: one token for each row of logits.
 
-The number that picks output token i of a request is a function of the request's seed and i alone (`uniform`), and nothing
-here mixes rows, so what a request gets does not depend on what else is in its batch. The number picks the token by the
-inverse of the cumulative sum of the probabilities: one number a row, instead of one for each word of the vocabulary.
+The number that picks output token i of a request is a function of the request's seed and i alone (random_numbers.py), and
+nothing here mixes rows, so what a request gets does not depend on what else is in its batch. The number picks the token by
+the inverse of the cumulative sum of the probabilities: one number a row, instead of one for each word of the vocabulary.
 
 Top-k and top-p (`Filters`; the order is defined in logits_processors.py) look at a few candidates only, found by a bounded
 pass: the largest values lie in the blocks with the largest maxima. Rows whose candidates do not suffice, known for certain
@@ -20,10 +20,6 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-
-_GOLDEN, _FIRST, _SECOND = map(np.uint64, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-_27, _30, _31, _40 = map(np.uint64, (27, 30, 31, 40))
-_UNIT = np.float32(2.0**-24)
 
 BLOCK = 128  # words of the vocabulary whose maximum, or sum, is taken first
 ROWS_IN_CACHE = 8  # rows of float32 logits that a CPU works on at a time
@@ -47,34 +43,6 @@ class Rows(NamedTuple):
     temperatures: Tensor  # float32 [rows, 1]
     uniforms: Tensor  # float32 [rows, 1]
     filters: Filters | None  # each [rows, 1]
-
-
-def uniform(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.float32]:
-    """A number in [0, 1), a multiple of 2**-24, for each (seed, position).
-
-    SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators") started at a mixed seed.
-    """
-    return uniform_of(start_stream(seeds), positions)
-
-
-def start_stream(seeds: NDArray[np.uint64] | np.uint64) -> NDArray[np.uint64]:
-    """The mixed seeds: what of `uniform` is the same at every position."""
-    return _mix(np.atleast_1d(seeds) + _GOLDEN)
-
-
-def uniform_of(streams: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.float32]:
-    """`uniform` of the seeds that the streams were started with."""
-    return (_mix(streams + (positions + np.uint64(1)) * _GOLDEN) >> _40).astype(np.float32) * _UNIT
-
-
-def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's finalizer, in place: it runs in every step, and the GPU waits."""
-    z ^= z >> _30
-    z *= _FIRST
-    z ^= z >> _27
-    z *= _SECOND
-    z ^= z >> _31
-    return z
 
 
 def sample(logits: Tensor, temperatures: Tensor, uniforms: Tensor, filters: Filters | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from transformers.generation import logits_process as hf
 
 from nanovllm import SamplingParams
 from nanovllm.engine.sampling_state import SamplingState
-from nanovllm.engine.scheduler import StartedSequence
+from nanovllm.engine.scheduled_batch import StartedSequence
 from nanovllm.layers.logits_processors import edit_logits
 from nanovllm.layers.sampler import Filters, sample
 
