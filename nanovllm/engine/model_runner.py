@@ -20,7 +20,7 @@ from nanovllm.engine.scheduled_batch import ScheduledBatch
 from nanovllm.layers.logits_processors import edit_logits
 from nanovllm.layers.logprobs import Logprobs, compute_logprobs, compute_prompt_logprobs
 from nanovllm.layers.packed_weight import pack_weights
-from nanovllm.layers.sampler import sample
+from nanovllm.layers.sampler import Sampler
 from nanovllm.models import get_model_class
 from nanovllm.models.config import ModelConfig
 from nanovllm.utils.compile import compile_layers
@@ -73,8 +73,10 @@ class ModelRunner:
         load_weights(model, folder, ranks)
         pack_weights(model)
         self.model = model.to(self.device).eval()  # the tables of the rotary embedding are still to be moved
+        self.sampler = Sampler()
         if self.device.type == "cuda" and not config.enforce_eager:
             compile_layers(self.model)
+            compile_layers(self.sampler)
 
         def make_spec(backend: type[AttentionBackend]) -> AttentionSpec:
             return AttentionSpec(
@@ -135,7 +137,7 @@ class ModelRunner:
         if options is not None:
             filters = options.filters
             edited = logits if options.edits is None else edit_logits(logits, options.edits)
-        sampled = sample(edited, torch.from_numpy(inputs.temperatures), torch.from_numpy(inputs.uniforms), filters)
+        sampled = self.sampler(edited, torch.from_numpy(inputs.temperatures), torch.from_numpy(inputs.uniforms), filters)
         token_ids: NDArray[np.int64] = sampled.numpy()
         if token_ids.min() < 0:
             seq_id = self.input_batch.seq_ids[inputs.sampled_rows[token_ids.argmin()]]
@@ -194,7 +196,7 @@ class ModelRunner:
             inputs = placeholder_inputs(seqlens_q, self.max_model_len, self.input_batch.max_blocks)
             step = self.input_buffer.upload(inputs)
             logits = self.model.compute_logits(self._forward(step)[step.logits_indices])
-            sample(logits, torch.from_numpy(inputs.temperatures), torch.from_numpy(inputs.uniforms))
+            self.sampler(logits, torch.from_numpy(inputs.temperatures), torch.from_numpy(inputs.uniforms))
             self._wait()  # the input buffer is used again
 
     @torch.inference_mode()

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from nanovllm.layers import random_numbers
 from nanovllm.layers.random_numbers import uniform
-from nanovllm.layers.sampler import sample
+from nanovllm.layers.sampler import Sampler
 from nanovllm.sampling_params import MAX_SEED
+
+sample = Sampler()
 
 LARGEST_UNIFORM = 1 - 2.0**-24
 INF = math.inf

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from nanovllm.layers import sampler
 from nanovllm.layers.random_numbers import uniform
-from nanovllm.layers.sampler import Filters, sample
+from nanovllm.layers.sampler import Filters, Sampler
+
+sample = Sampler()
 
 SMALLEST, LARGEST = 0.0, 1 - 2.0**-24
 
