@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 
 MAX_SEED = 2**63 - 1
+_PLAIN = (int, float, bool, str, tuple, type(None))
 MAX_TEMPERATURE = 1e30  # beyond it float32, in which it is used, comes to its end
 
 
@@ -97,17 +98,18 @@ class SamplingParams:
             if not values["allowed_token_ids"]:
                 raise ValueError("allowed_token_ids must hold at least one token id, got none")
         for field in fields(self):
-            value = values.get(field.name, getattr(self, field.name))
-            if isinstance(value, Integral) and not isinstance(value, bool):
-                value = int(value)  # NumPy's would overflow in sums with a prompt's length
-            object.__setattr__(self, field.name, value)
+            value = getattr(self, field.name)
+            if type(value) not in _PLAIN and isinstance(value, Integral):
+                values[field.name] = int(value)  # NumPy's would overflow in sums with a prompt's length
+        for name, frozen in values.items():
+            object.__setattr__(self, name, frozen)
 
 
 def check_int(name: str, value: object, minimum: int, maximum: int | None = None) -> int:
     """`value` as an int; raise unless it is an integer (numpy's too, not a bool) from `minimum` to `maximum`, included."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, Integral)):
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    number = int(value)
+    number = int(value)  # type: ignore[call-overload]
     if number < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
     if maximum is not None and number > maximum:
@@ -124,9 +126,13 @@ def check_number(
     note: str = "",
 ) -> None:
     """Raise unless `value` is a finite number from `minimum` to `maximum`, both included, and greater than `above`."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if type(value) not in (int, float) and (isinstance(value, bool) or not isinstance(value, Real)):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if math.isfinite(value) and minimum <= float(value) <= maximum and float(value) > above:
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except OverflowError:  # an integer beyond all floats
+        number = math.inf
+    if math.isfinite(number) and minimum <= number <= maximum and number > above:
         return
     limits = [
         *([f"at least {minimum:g}"] if minimum > -math.inf else []),

@@ -52,7 +52,7 @@ class BatchOptions:
 
     def __post_init__(self) -> None:
         EngineConfig.from_kwargs(**self.engine)
-        SamplingParams(**self.sampling)
+        SamplingParams(**{"max_tokens": MAX_SEED, **self.sampling})
         check_int("seed", self.seed, minimum=0, maximum=MAX_SEED)
         if self.output.suffix in (".gz", ".bz2", ".xz", ".zst", ".parquet"):
             raise ValueError(f"output {self.output} will be plain JSON Lines, which can be continued: name it .jsonl")
@@ -61,7 +61,8 @@ class BatchOptions:
 
     def of_results(self) -> dict[str, Any]:
         """The options that can change a result, the defaults written out."""
-        engine, sampling = EngineConfig.from_kwargs(**self.engine), SamplingParams(**self.sampling)
+        engine = EngineConfig.from_kwargs(**self.engine)
+        sampling = SamplingParams(**{"max_tokens": MAX_SEED, **self.sampling})
         values = {name: getattr(engine, name) for name in _ENGINE_OPTIONS_OF_RESULTS}
         chosen = {one.name: getattr(sampling, one.name) for one in fields(sampling)}
         chosen["max_tokens"] = self.sampling.get("max_tokens")

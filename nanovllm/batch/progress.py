@@ -34,7 +34,7 @@ class BatchProgress:
             smoothing=0.05,
         )
         self._last = time.monotonic()
-        self._tokens = 0
+        self._tokens = 0.0
 
     def update(self, statistics: Statistics) -> None:
         """Show how far it is, if some time has passed since."""

@@ -35,7 +35,8 @@ path.line.b { stroke: var(--b); } path.area { opacity: 0.13; }
 .key.a { background: var(--a); } .key.b { background: var(--b); }
 table { width: 100%; border-collapse: collapse; } td, th { text-align: left; padding: 6px 12px 6px 0; vertical-align: top;
   border-top: 1px solid var(--line); overflow-wrap: anywhere; } th { border: 0; color: var(--dim); font-weight: 500; }
-td:first-child, th { white-space: nowrap; } td:first-child { width: 1%; padding-right: 24px; font-variant-numeric: tabular-nums; }
+td:first-child, th { white-space: nowrap; }
+td:first-child { width: 1%; padding-right: 24px; font-variant-numeric: tabular-nums; }
 """
 
 

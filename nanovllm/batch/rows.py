@@ -33,7 +33,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {  # fields that only these values may
     "suffix": ("",),
     "add_generation_prompt": (True,),
 }
-_KNOWN = sorted({*_SAMPLING, *_OTHERS, *_IGNORED, *_NEUTRAL})
+_KNOWN = {*_SAMPLING, *_OTHERS, *_IGNORED, *_NEUTRAL}
 _NAME = "the prompt"  # in errors: a line of the output says which
 
 
@@ -169,7 +169,7 @@ def _check_body(row: Row) -> dict[str, Any]:
             if value not in _NEUTRAL[name]:
                 raise ValueError(f"{name}={value!r:.80} is not supported: leave it out")
         elif name not in _KNOWN:
-            nearest = difflib.get_close_matches(name, _KNOWN, n=1, cutoff=0.0)[0]
+            nearest = difflib.get_close_matches(name, sorted(_KNOWN), n=1, cutoff=0.0)[0]
             raise ValueError(f"unknown field {name!r}; did you mean {nearest!r}?")
     if ("prompt" in body) == ("messages" in body):
         raise ValueError("the row must have either prompt or messages" + ", it has both" * ("prompt" in body))

@@ -48,6 +48,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "batch",
         help="run a file of requests",
+        usage="nanovllm batch INPUT OUTPUT --model PATH_OR_ID [options]",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="exit codes: 0 all rows done; 3 all done, some with errors; 1, 2, 130, 143: not done, see nanovllm --help",

@@ -19,7 +19,9 @@ Ctrl-D ends the chat. Without a terminal, each line of standard input is a messa
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
-    parser = commands.add_parser("chat", help="talk to a model", description=DESCRIPTION)
+    parser = commands.add_parser(
+        "chat", help="talk to a model", usage="nanovllm chat --model PATH_OR_ID [options]", description=DESCRIPTION
+    )
     parser.add_argument("--system", metavar="TEXT", help="a system message to begin with")
     add_template_option(parser)
     add_model_options(parser)

@@ -89,7 +89,7 @@ def _check_types(name: str, prompt: object, tokenizer: PreTrainedTokenizerBase |
         return prompt
     if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
         return TypeError(f"{name} must be a str or a list of token ids, got {type(prompt).__name__}")
-    if all(type(token) is int for token in prompt):
+    if set(map(type, prompt)) <= {int}:
         return list(prompt)
     for token in prompt:
         if isinstance(token, bool) or not isinstance(token, Integral):
