@@ -33,6 +33,7 @@ class BatchProgress:
             mininterval=self._interval,
             smoothing=0.05,
         )
+        self._num_done = num_done
         self._last = time.monotonic()
         self._tokens = 0.0
 
@@ -56,7 +57,7 @@ class BatchProgress:
         self._bar.close()
 
     def _advance(self, statistics: Statistics) -> None:
-        self._bar.update(statistics.num_rows + self._bar.initial - self._bar.n)
+        self._bar.update(self._num_done + statistics.num_rows - self._bar.n)
 
 
 def percent(part: int, whole: int) -> str:

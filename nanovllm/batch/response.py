@@ -7,6 +7,8 @@ from nanovllm.batch.results import ROW_ID
 from nanovllm.batch.rows import BadRow, BatchRequest
 from nanovllm.outputs import CompletionOutput, PositionLogprobs, RequestOutput, TokenLogprob
 
+LONGEST_MESSAGE = 1000  # what is wrong in a row may be any number of characters
+
 
 def completions_of(output: RequestOutput) -> list[CompletionOutput]:
     """All completions of a request, one or several."""
@@ -15,7 +17,7 @@ def completions_of(output: RequestOutput) -> list[CompletionOutput]:
 
 def error_line(bad: BadRow) -> dict[str, Any]:
     """The result of a row that could not be run."""
-    error = {"code": bad.code, "message": bad.message}
+    error = {"code": bad.code, "message": bad.message[:LONGEST_MESSAGE]}
     return {"id": ROW_ID.format(bad.number), "custom_id": bad.custom_id, "response": None, "error": error}
 
 

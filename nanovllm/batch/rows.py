@@ -116,7 +116,7 @@ def open_row(row: InputRow) -> Row | BadRow:
     try:
         content = json.loads(row.content) if isinstance(row.content, bytes) else row.content
     except (ValueError, RecursionError) as error:
-        return BadRow(row.number, None, "invalid_json", f"the row is not JSON: {error or 'it is nested too deeply'}")
+        return BadRow(row.number, None, "invalid_json", f"the row is not JSON: {error}")
     if not isinstance(content, dict):
         return BadRow(row.number, None, "invalid_row", f"the row must be an object, got {type(content).__name__}")
     custom_id = content.get("custom_id")
