@@ -5,6 +5,7 @@
     python bench.py --shared-prefix 1024 --repeat 3 --json result.json --plot result.png
     python bench.py --engine transformers                  # a peer on the same work; it must be installed here
     python bench.py --host-overhead                        # what a decode step costs in Python, without a model
+    python bench.py --batch-overhead                       # what a row of `nanovllm batch` costs beside the model
     python bench.py --sampler                              # the sampler alone: 96 rows of 151,936 logits
 
 Engines are compared by the ratio of medians of the same work on the same machine, run in turn.
@@ -20,11 +21,13 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import distributions
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
 
+from benchmarks.batch_overhead import print_batch_overhead
 from benchmarks.hand_over import print_hand_over
 from benchmarks.host_overhead import print_host_overhead
 from example import choose_model
@@ -288,6 +291,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="RANKS")
     parser.add_argument("--host-overhead", action="store_true", help="no model: what a step costs beside it")
+    parser.add_argument("--batch-overhead", action="store_true", help="no model: what a row of `nanovllm batch` costs")
     parser.add_argument("--sampler", action="store_true", help="time the sampler alone, without a model")
     parser.add_argument("--repeat", type=int, default=1, help="runs; the table shows medians")
     parser.add_argument("--json", metavar="FILE", help="write results, hardware, versions and workload")
@@ -313,6 +317,9 @@ def main() -> None:
             write_json(args.json, print_hand_over(args.tensor_parallel_size, args.num_seqs))
         else:
             write_json(args.json, print_host_overhead())
+        return
+    if args.batch_overhead:
+        write_json(args.json, print_batch_overhead(Path(choose_model(args.model))))
         return
     if args.sampler:
         print(describe_machine())

@@ -1,17 +1,17 @@
 """LLM: the facade. Prompts in, completions out."""
 
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Items
 from contextlib import closing
 from typing import Any
 
-from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.llm_engine import LLMEngine, StepResult
+from nanovllm.engine.request_feed import Request, RequestFeed
 from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import RequestOutput, StreamEvent
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.progress import Progress
-from nanovllm.utils.tokenizer import Conversation, Prompt, render_chats
+from nanovllm.utils.tokenizer import Conversation, Prompt, Refusal, is_conversation, raise_refused, render_chats
 
 
 class LLM(LLMEngine):
@@ -47,10 +47,35 @@ class LLM(LLMEngine):
             RuntimeError: other requests are unfinished, or the engine has exited.
         """
         sequences = self._prepare(prompts, sampling_params)
-        with self._clean_after_exceptions():  # those between two steps, which `_run` does not see
-            for _ in self._run(sequences, use_tqdm):
+        with self._clean_after_exceptions(), closing(Progress(len(sequences), use_tqdm)) as progress:
+            for _ in self._run(iter([sequences]), progress.update):
                 pass
         return self.output_processor.make_outputs(sequences)
+
+    def generate_as_completed(
+        self,
+        requests: Iterable[Request | tuple[Prompt | Conversation, SamplingParams]],
+        on_step: Callable[[StepResult], None] | None = None,
+    ) -> Iterator[tuple[int, RequestOutput | Refusal]]:
+        """Complete any number of requests, telling of each as it finishes.
+
+        `requests` is read only as far as the scheduler needs it: up to 2 * max_num_seqs of them wait, and nothing is kept of
+        those that were told, so that a million need no more memory than a thousand. One that can not be run is told as the
+        error that `generate` would raise, and the others go on. Leaving the loop early aborts what is unfinished.
+
+        Args:
+            requests: any iterable of `Request`, or of pairs of a prompt or conversation and its sampling parameters.
+            on_step: is given what each step did, before the requests that it finished are told.
+
+        Returns:
+            An iterator over (index in `requests`, output or error).
+
+        Raises:
+            RuntimeError: other requests are unfinished, or the engine has exited.
+            And what `requests` or `on_step` raise.
+        """
+        self._check_idle()
+        return self._completed(RequestFeed(requests, self), on_step)
 
     def stream(
         self,
@@ -93,7 +118,11 @@ class LLM(LLMEngine):
             ValueError: the checkpoint has no chat template, or it refuses a conversation.
             And as `generate`.
         """
-        prompts = render_chats(conversations, self.tokenizer, **template_args)
+        if not isinstance(conversations, Items) or isinstance(conversations, str):
+            raise TypeError(f"conversations must be lists of messages, got {type(conversations).__name__}")
+        batch: Any = [conversations] if is_conversation(conversations) else conversations
+        names = [f"conversation {index}" for index in range(len(batch))]
+        prompts = raise_refused(render_chats(batch, names, self.tokenizer, [template_args] * len(batch)))
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def _prepare(
@@ -112,28 +141,63 @@ class LLM(LLMEngine):
                 "requests of add_request or of a stream are unfinished: run step() until is_finished(), or abort them"
             )
 
-    def _run(self, sequences: list[Sequence], use_tqdm: bool, streams: bool = False) -> Iterator[None]:
-        """The loop behind `generate` and `stream`: step by step. Whatever ends it, no request is left."""
+    def _run(
+        self,
+        feed: Iterator[list[Sequence]],
+        on_step: Callable[[StepResult], None] | None = None,
+        streams: bool = False,
+    ) -> Iterator[list[Sequence]]:
+        """The loop behind `generate`, `generate_as_completed` and `stream`. Whatever ends it, no request is left.
+
+        Args:
+            feed: asked before each step for sequences to queue; none is an answer, too.
+            on_step: is given what each step did.
+            streams: whether text is needed as it comes.
+
+        Returns:
+            An iterator over the sequences that each step finished.
+        """
         self._check_idle()
-        with self._clean_after_exceptions(), closing(Progress(len(sequences), use_tqdm)) as progress:
+        unfinished: dict[int, Sequence] = {}
+        with self._clean_after_exceptions():
             try:
-                for seq in sequences:
-                    self._add(seq, streams)
-                while not self.is_finished():
-                    start = time.perf_counter()
-                    result = self._run_step()
-                    seconds = time.perf_counter() - start
-                    progress.update(len(result.finished), result.num_prefill_tokens, result.num_decode_tokens, seconds)
-                    yield
+                while (new := next(feed, None)) is not None or not self.is_finished():
+                    for seq in new or ():
+                        unfinished[seq.seq_id] = seq
+                        self._add(seq, streams)
+                    if self.is_finished():  # everything that was fed has been refused
+                        yield []
+                        continue
+                    step = self._run_step()
+                    for seq in step.finished:
+                        unfinished.pop(seq.seq_id, None)
+                    if on_step is not None:
+                        on_step(step)
+                    yield step.finished
             except GeneratorExit:  # the caller left the loop
-                self.abort(seq.seq_id for seq in sequences)
+                self.abort(unfinished)
                 raise
             finally:
                 self.output_processor.reset()
 
+    def _completed(
+        self, feed: RequestFeed, on_step: Callable[[StepResult], None] | None
+    ) -> Iterator[tuple[int, RequestOutput | Refusal]]:
+        with self._clean_after_exceptions(), closing(self._run(feed, on_step)) as steps:  # type: ignore[type-var]
+            for finished in steps:
+                yield from feed.take_refused()
+                yield from self._outputs_of(feed.take_completed(finished))
+            yield from feed.take_refused()
+            yield from self._outputs_of(feed.take_aborted())
+
+    def _outputs_of(self, completed: dict[int, list[Sequence]]) -> Iterator[tuple[int, RequestOutput]]:
+        """(index, output) of requests, all decoded in one call."""
+        sequences = [seq for group in completed.values() for seq in group]
+        return zip(completed, self.output_processor.make_outputs(sequences), strict=True)
+
     def _events(self, sequences: list[Sequence]) -> Iterator[StreamEvent]:
         num_told = dict.fromkeys(sequences, 0)  # unfinished sequences, and how many of their tokens were told
-        with closing(self._run(sequences, use_tqdm=False, streams=True)) as steps:  # type: ignore[type-var]
+        with closing(self._run(iter([sequences]), streams=True)) as steps:  # type: ignore[type-var]
             for _ in steps:
                 for seq, num_known in list(num_told.items()):
                     num_tokens = len(seq) - seq.num_prompt_tokens

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from numbers import Integral, Real
 
 MAX_SEED = 2**63 - 1
+_PLAIN = frozenset((int, float, bool, str, tuple, type(None)))
 MAX_TEMPERATURE = 1e30  # beyond it float32, in which it is used, comes to its end
 
 
@@ -87,27 +88,28 @@ class SamplingParams:
 
     def _freeze(self) -> None:
         """Replace what the user may have given in several shapes, and still hold, by one that cannot change."""
-        values: dict[str, object] = {
-            "stop": _strings("stop", self.stop),
-            "stop_token_ids": _token_ids("stop_token_ids", () if self.stop_token_ids is None else self.stop_token_ids),
-            "logit_bias": _biases("logit_bias", self.logit_bias),
-        }
+        values: dict[str, object] = {}
+        for name, freeze in (("stop", _strings), ("stop_token_ids", _token_ids), ("logit_bias", _biases)):
+            value = getattr(self, name)
+            if type(value) is not tuple or value:  # else it is the default
+                values[name] = freeze(name, () if value is None else value)
         if self.allowed_token_ids is not None:
             values["allowed_token_ids"] = _token_ids("allowed_token_ids", self.allowed_token_ids)
             if not values["allowed_token_ids"]:
                 raise ValueError("allowed_token_ids must hold at least one token id, got none")
-        for field in fields(self):
-            value = values.get(field.name, getattr(self, field.name))
-            if isinstance(value, Integral) and not isinstance(value, bool):
-                value = int(value)  # NumPy's would overflow in sums with a prompt's length
-            object.__setattr__(self, field.name, value)
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if type(value) not in _PLAIN and isinstance(value, Integral):
+                values[name] = int(value)  # NumPy's would overflow in sums with a prompt's length
+        for name, frozen in values.items():
+            object.__setattr__(self, name, frozen)
 
 
 def check_int(name: str, value: object, minimum: int, maximum: int | None = None) -> int:
     """`value` as an int; raise unless it is an integer (numpy's too, not a bool) from `minimum` to `maximum`, included."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, Integral)):
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    number = int(value)
+    number = int(value)  # type: ignore[call-overload]
     if number < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
     if maximum is not None and number > maximum:
@@ -124,9 +126,13 @@ def check_number(
     note: str = "",
 ) -> None:
     """Raise unless `value` is a finite number from `minimum` to `maximum`, both included, and greater than `above`."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if type(value) not in (int, float) and (isinstance(value, bool) or not isinstance(value, Real)):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if math.isfinite(value) and minimum <= float(value) <= maximum and float(value) > above:
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except OverflowError:  # an integer beyond all floats
+        number = math.inf
+    if math.isfinite(number) and minimum <= number <= maximum and number > above:
         return
     limits = [
         *([f"at least {minimum:g}"] if minimum > -math.inf else []),
@@ -137,7 +143,7 @@ def check_number(
 
 
 def _strings(name: str, value: object) -> tuple[str, ...]:
-    strings = () if value is None else (value,) if isinstance(value, str) else value
+    strings = (value,) if isinstance(value, str) else value
     if not isinstance(strings, Iterable) or isinstance(strings, bytes):
         raise TypeError(f"{name} must be a string or strings, got {value!r}")
     result = tuple(strings)
@@ -159,7 +165,7 @@ def _token_ids(name: str, value: object) -> tuple[int, ...]:
 
 
 def _biases(name: str, value: object) -> tuple[tuple[int, float], ...]:
-    pairs = value.items() if isinstance(value, Mapping) else () if value is None else value
+    pairs = value.items() if isinstance(value, Mapping) else value
     if not isinstance(pairs, Iterable) or isinstance(pairs, (str, bytes)):
         raise TypeError(f"{name} must be a dict from token ids to numbers, got {value!r}")
     biases: dict[int, float] = {}

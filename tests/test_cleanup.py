@@ -66,6 +66,11 @@ def by_generate(llm: LLM) -> list[list[int]]:
     return [output["token_ids"] for output in llm.generate(PROMPTS, PARAMS, use_tqdm=False)]
 
 
+def by_completion(llm: LLM) -> list[list[int]]:
+    outputs: Any = dict(llm.generate_as_completed(zip(PROMPTS, PARAMS, strict=True)))
+    return [outputs[index]["token_ids"] for index in range(len(PROMPTS))]
+
+
 def by_step(llm: LLM) -> list[list[int]]:
     ids = [llm.add_request(prompt, params) for prompt, params in zip(PROMPTS, PARAMS, strict=True)]
     finished = step_to_the_end(llm)
@@ -337,7 +342,9 @@ def test_real_signal_in_the_forward_pass(llm: LLM, drive: Drive) -> None:
 def is_traced(code_file: str) -> bool:
     """The engine and the forward context; not the layers, which change nothing that outlives a step."""
     file = code_file.removeprefix(PACKAGE)
-    return file != code_file and file.startswith(("/engine", "/llm.py", "/utils/context.py", "/utils/progress.py"))
+    return file != code_file and file.startswith(
+        ("/engine", "/llm.py", "/utils/context.py", "/utils/progress.py", "/utils/tokenizer.py")
+    )
 
 
 def run_traced(action: Callable[[], object], at_line: Callable[[Location], None]) -> None:
@@ -367,9 +374,13 @@ def cleanup_lines(file: str) -> frozenset[int]:
 
 
 def interrupt_at_every_line(
-    llm: LLM, prepare: Callable[[], object], action: Callable[[], object], is_well: Callable[[], bool]
+    llm: LLM,
+    prepare: Callable[[], object],
+    action: Callable[[], object],
+    is_well: Callable[[], bool],
+    files: tuple[str, ...] = (".py",),
 ) -> set[str]:
-    """Interrupt `action` before each line that it comes to, the first and the last time it comes there.
+    """Interrupt `action` before each line of `files` that it comes to, the first and the last time it comes there.
 
     Returns:
         The lines at which an interrupt leaves the engine in a state that is not well.
@@ -397,7 +408,7 @@ def interrupt_at_every_line(
     run_traced(action, count)
     ill = set()
     for (file, line), number in counts.items():
-        for occurrence in {1, number} if line not in cleanup_lines(file) else ():
+        for occurrence in {1, number} if file.endswith(files) and line not in cleanup_lines(file) else ():
             forget(llm)
             prepare()
             # Each in a context of its own, so that one that leaves its forward context behind does not blame the next.
@@ -417,6 +428,13 @@ def is_clean(llm: LLM) -> bool:
 
 def test_interrupt_at_every_line_of_generate(llm: LLM) -> None:
     ill = interrupt_at_every_line(llm, lambda: None, lambda: by_generate(llm), lambda: is_clean(llm))
+    assert sorted(ill) == []
+
+
+def test_interrupt_at_every_line_of_generate_as_completed(llm: LLM) -> None:
+    """Of what is not `generate`'s too."""
+    files = ("/llm.py", "/engine/request_feed.py", "/utils/tokenizer.py")
+    ill = interrupt_at_every_line(llm, lambda: None, lambda: by_completion(llm), lambda: is_clean(llm), files)
     assert sorted(ill) == []
 
 

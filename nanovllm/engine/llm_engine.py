@@ -3,6 +3,7 @@
 import itertools
 import logging
 import os
+import time
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
@@ -20,17 +21,27 @@ from nanovllm.models import load_model_config
 from nanovllm.models.config import ModelConfig
 from nanovllm.sampling_params import MAX_SEED, SamplingParams
 from nanovllm.utils.checkpoint import resolve_checkpoint
-from nanovllm.utils.tokenizer import Prompt, load_eos_token_ids, load_tokenizer, tokenize
+from nanovllm.utils.tokenizer import Prompt, Refusal, load_eos_token_ids, load_tokenizer, raise_refused, tokenize
 
 logger = logging.getLogger(__name__)
 
 
 class StepResult(NamedTuple):
-    """What one step did."""
+    """What one step did.
+
+    finished: the sequences that ended in it.
+    num_prefill_tokens, num_decode_tokens: tokens that it computed.
+    num_seqs: how many sequences were in its batch.
+    kv_usage: share of the KV blocks that hold running sequences at its end, 0 to 1.
+    seconds: how long it took.
+    """
 
     finished: list[Sequence]
     num_prefill_tokens: int
     num_decode_tokens: int
+    num_seqs: int
+    kv_usage: float
+    seconds: float
 
 
 class LLMEngine:
@@ -104,6 +115,7 @@ class LLMEngine:
 
     def _run_step(self) -> StepResult:
         """Schedule, compute, take in."""
+        start = time.perf_counter()
         batch = self.scheduler.schedule()
         output = self.executor.execute(batch)
         if output.logprobs is not None or output.prompt_logprobs:
@@ -114,7 +126,14 @@ class LLMEngine:
         if stopped:
             self.scheduler.end(stopped, "stop")
             finished += stopped
-        return StepResult(finished, batch.num_prefill_tokens, batch.num_decode_tokens)
+        return StepResult(
+            finished=finished,
+            num_prefill_tokens=batch.num_prefill_tokens,
+            num_decode_tokens=batch.num_decode_tokens,
+            num_seqs=len(batch.rows),
+            kv_usage=1 - self.scheduler.block_manager.num_free_blocks / self.scheduler.block_manager.num_blocks,
+            seconds=time.perf_counter() - start,
+        )
 
     @contextmanager
     def _clean_after_exceptions(self) -> Iterator[None]:
@@ -139,54 +158,77 @@ class LLMEngine:
         self.scheduler.add(seq)
 
     def _make_sequences(self, prompts: Items[Prompt], params: Items[SamplingParams]) -> list[Sequence]:
-        """Check all requests, then make a sequence of each, or n with the same prompt."""
+        """Check all requests, then make a sequence of each, or n with the same prompt.
+
+        Raises:
+            TypeError, ValueError: the first request that can not be run.
+        """
+        checked = self.check_requests(prompts, params, [f"prompt {index}" for index in range(len(prompts))])
+        token_ids = raise_refused(checked)
+        return [
+            seq
+            for index, (tokens, one) in enumerate(zip(token_ids, params, strict=True))
+            for seq in self.sequences_of(index, tokens, one)
+        ]
+
+    def check_requests(
+        self, prompts: Items[Prompt | Refusal], params: Items[SamplingParams], names: Items[str]
+    ) -> list[list[int] | Refusal]:
+        """The token ids of each request, which then can be run to its end; or why it can not."""
         if self._exited:
             raise RuntimeError("the engine has exited: make a new LLM")
-        for index, one in enumerate(params):
-            if not isinstance(one, SamplingParams):
-                raise TypeError(f"sampling_params of prompt {index} must be SamplingParams, got {type(one).__name__}")
-        token_ids = tokenize(prompts, self.tokenizer, self.vocab_size)
-        for index, (tokens, one) in enumerate(zip(token_ids, params, strict=True)):
-            self._check_length(index, len(tokens), one)
-            self._check_tokens(index, one)
+        checked = tokenize(prompts, names, self.tokenizer, self.vocab_size)
+        for index, (tokens, one, name) in enumerate(zip(checked, params, names, strict=True)):
+            if isinstance(tokens, Refusal):
+                continue
+            try:
+                if not isinstance(one, SamplingParams):
+                    raise TypeError(f"sampling_params of {name} must be SamplingParams, got {type(one).__name__}")
+                self._check_length(name, len(tokens), one)
+                self._check_tokens(name, one)
+            except (TypeError, ValueError) as error:
+                checked[index] = error
+        return checked
+
+    def sequences_of(self, index: int, token_ids: list[int], params: SamplingParams) -> list[Sequence]:
+        """The sequences of a request that was checked, the index-th of those that came together."""
         return [
             Sequence(
                 seq_id=next(self._seq_ids),
-                token_ids=tokens,
-                sampling_params=one,
-                seed=self._seed_source.randint(0, MAX_SEED) if one.seed is None else derive_seed(one.seed, completion),
-                max_total_tokens=self._max_total_tokens(len(tokens), one),
+                token_ids=token_ids,
+                sampling_params=params,
+                seed=self._seed_source.randint(0, MAX_SEED) if params.seed is None else derive_seed(params.seed, completion),
+                max_total_tokens=self._max_total_tokens(len(token_ids), params),
                 prompt_index=index,
                 completion_index=completion,
             )
-            for index, (tokens, one) in enumerate(zip(token_ids, params, strict=True))
-            for completion in range(one.n)
+            for completion in range(params.n)
         ]
 
-    def _check_tokens(self, index: int, params: SamplingParams) -> None:
+    def _check_tokens(self, name: str, params: SamplingParams) -> None:
         """Check what of the sampling parameters depends on the model."""
         last = self.vocab_size - 1
-        for name, token_ids in (
+        for option, token_ids in (
             ("stop_token_ids", params.stop_token_ids),
             ("allowed_token_ids", params.allowed_token_ids or ()),
             ("logit_bias", dict(params.logit_bias)),
         ):
             wrong = [token for token in token_ids if token > last]
             if wrong:
-                raise ValueError(f"{name} of prompt {index} has token {wrong[0]}; the vocabulary is 0 to {last}")
+                raise ValueError(f"{option} of {name} has token {wrong[0]}; the vocabulary is 0 to {last}")
         if params.stop and self.tokenizer is None:
-            raise ValueError(f"prompt {index} has stop strings, but the checkpoint has no tokenizer: use stop_token_ids")
+            raise ValueError(f"{name} has stop strings, but the checkpoint has no tokenizer: use stop_token_ids")
         ends = self.scheduler.stop_token_ids(params)
         if params.min_tokens > 0 and params.allowed_token_ids is not None and ends.issuperset(params.allowed_token_ids):
             raise ValueError(
-                f"prompt {index} has allowed_token_ids that all end the output, but min_tokens={params.min_tokens}: "
+                f"{name} has allowed_token_ids that all end the output, but min_tokens={params.min_tokens}: "
                 f"nothing could be sampled. Allow another token or lower min_tokens"
             )
 
-    def _check_length(self, index: int, num_prompt_tokens: int, params: SamplingParams) -> None:
+    def _check_length(self, name: str, num_prompt_tokens: int, params: SamplingParams) -> None:
         if num_prompt_tokens >= self.max_model_len:
             raise ValueError(
-                f"prompt {index} has {num_prompt_tokens} tokens; with max_model_len={self.max_model_len} a prompt has at "
+                f"{name} has {num_prompt_tokens} tokens; with max_model_len={self.max_model_len} a prompt has at "
                 f"most {self.max_model_len - 1}. Shorten it or raise max_model_len"
             )
         manager = self.scheduler.block_manager
@@ -194,7 +236,7 @@ class LLMEngine:
         needed = manager.num_blocks_for(self._max_total_tokens(num_prompt_tokens, params) - 1)
         if needed > manager.num_blocks:
             raise ValueError(
-                f"prompt {index} with {num_prompt_tokens} tokens and max_tokens={params.max_tokens} needs {needed} KV "
+                f"{name} with {num_prompt_tokens} tokens and max_tokens={params.max_tokens} needs {needed} KV "
                 f"blocks of {manager.block_size} tokens; the cache has {manager.num_blocks}. Lower max_tokens, or raise "
                 f"num_kvcache_blocks or the memory for the KV cache"
             )

@@ -85,7 +85,7 @@ def convert_gguf(file: Path) -> Path:
     """
     # Transformers 4 cannot read the tokenizers that Transformers 5 writes: each has its own folder.
     version = transformers.__version__.split(".")[0]
-    target = cache_folder() / f"{file.stem}-{_fingerprint(file)}-transformers{version}"
+    target = cache_folder() / f"{file.stem}-{fingerprint_file(file)}-transformers{version}"
     if target.is_dir():
         return target
     logger.warning("converting %s to %s, once", file, target)
@@ -120,7 +120,7 @@ def _write_converted(file: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _fingerprint(file: Path) -> str:
+def fingerprint_file(file: Path) -> str:
     """Tells files apart by size, header and end: reading all of a large one would take seconds at every start."""
     size = file.stat().st_size
     digest = xxhash.xxh64(size.to_bytes(8, "little"))

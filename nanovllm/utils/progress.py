@@ -4,6 +4,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from nanovllm.engine.llm_engine import StepResult
+
 
 class Progress:
     """A bar of finished requests, with the speed of the last prefill and of the last decode beside it."""
@@ -12,13 +14,13 @@ class Progress:
         self._bar: Any = tqdm(total=num_requests, desc="Generating", dynamic_ncols=True, disable=not enabled)
         self._speeds: dict[str, str] = {}
 
-    def update(self, num_finished: int, num_prefill_tokens: int, num_decode_tokens: int, seconds: float) -> None:
-        """Show one step: requests it finished, tokens it computed, time it took."""
-        for name, num_tokens in (("Prefill", num_prefill_tokens), ("Decode", num_decode_tokens)):
+    def update(self, step: StepResult) -> None:
+        """Show one step."""
+        for name, num_tokens in (("Prefill", step.num_prefill_tokens), ("Decode", step.num_decode_tokens)):
             if num_tokens:
-                self._speeds[name] = f"{num_tokens / seconds:.0f}tok/s"
+                self._speeds[name] = f"{num_tokens / step.seconds:.0f}tok/s"
         self._bar.set_postfix(self._speeds, refresh=False)
-        self._bar.update(num_finished)
+        self._bar.update(len(step.finished))
 
     def close(self) -> None:
         """Leave the bar as it is."""

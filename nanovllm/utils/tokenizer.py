@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 Prompt = str | Sequence[int]
 Conversation = Sequence[Mapping[str, Any]]
+Refusal = TypeError | ValueError  # why a request can not be run
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
@@ -45,44 +46,74 @@ def _read_eos(file: Path) -> set[int]:
     return set(token_ids)
 
 
-def tokenize(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> list[list[int]]:
+def tokenize(
+    prompts: Sequence[Prompt | Refusal],
+    names: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    vocab_size: int,
+) -> list[list[int] | Refusal]:
     """The token ids of prompts that are strings or token ids; the strings are tokenized in one call.
 
     A tokenizer that begins every text with a beginning-of-sequence token does not add a second one to a text that has it
     already, as the output of many chat templates does.
 
-    Raises:
-        TypeError, ValueError: a prompt that is neither, is empty, or has a token outside the vocabulary; with its index.
+    Args:
+        prompts: those that were refused before stay so.
+        names: what errors call each of them.
+        tokenizer, vocab_size: the checkpoint's.
+
+    Returns:
+        For each its token ids, or why it has none: neither a string nor token ids, empty, a token outside the vocabulary.
     """
-    texts: dict[int, str] = {index: prompt for index, prompt in enumerate(prompts) if isinstance(prompt, str)}
-    if texts and tokenizer is None:
-        raise ValueError(f"prompt {next(iter(texts))} is text, but the checkpoint has no tokenizer: give token ids")
-    encoded: dict[int, list[int]] = {}
-    if texts and tokenizer is not None:
-        _check_encodable(texts)
-        encoded = dict(zip(texts, tokenizer(list(texts.values()))["input_ids"], strict=True))
-        if tokenizer.bos_token is not None:
-            for index, text in texts.items():
-                if text.startswith(tokenizer.bos_token):
-                    _drop_second_bos(encoded[index], text, tokenizer)
-    result = []
-    for index, prompt in enumerate(prompts):
-        token_ids = encoded[index] if index in encoded else _check_types(index, prompt)
-        if not token_ids:
-            raise ValueError(f"prompt {index} is empty: it needs at least one token")
-        if min(token_ids) < 0 or max(token_ids) >= vocab_size:
-            wrong = next(token for token in token_ids if not 0 <= token < vocab_size)
-            raise ValueError(f"prompt {index} has token {wrong}; the vocabulary is 0 to {vocab_size - 1}")
-        result.append(token_ids)
-    return result
+    result: list[str | list[int] | Refusal] = [
+        prompt if isinstance(prompt, Refusal) else _check_types(name, prompt, tokenizer)
+        for prompt, name in zip(prompts, names, strict=True)
+    ]
+    texts = {index: one for index, one in enumerate(result) if isinstance(one, str)}
+    encoded = _encode(texts, tokenizer) if tokenizer is not None and texts else {}
+    return [
+        one if isinstance(one, Refusal) else _check_range(name, encoded[index] if isinstance(one, str) else one, vocab_size)
+        for index, (one, name) in enumerate(zip(result, names, strict=True))
+    ]
 
 
-def _check_encodable(texts: dict[int, str]) -> None:
-    for index, text in texts.items():
+def _check_types(name: str, prompt: object, tokenizer: PreTrainedTokenizerBase | None) -> str | list[int] | Refusal:
+    """A text that can be encoded, or token ids as Python's integers; or why it is neither."""
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            return ValueError(f"{name} is text, but the checkpoint has no tokenizer: give token ids")
         try:
-            text.encode()
+            prompt.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"prompt {index} is no valid text: {error}") from error
+            return ValueError(f"{name} is no valid text: {error}")
+        return prompt
+    if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
+        return TypeError(f"{name} must be a str or a list of token ids, got {type(prompt).__name__}")
+    if set(map(type, prompt)) <= {int}:
+        return list(prompt)
+    for token in prompt:
+        if isinstance(token, bool) or not isinstance(token, Integral):
+            return TypeError(f"{name} must be a str or a list of token ids, it holds {token!r}")
+    return [int(token) for token in prompt]  # such as numpy's
+
+
+def _check_range(name: str, token_ids: list[int], vocab_size: int) -> list[int] | Refusal:
+    if not token_ids:
+        return ValueError(f"{name} is empty: it needs at least one token")
+    if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+        wrong = next(token for token in token_ids if not 0 <= token < vocab_size)
+        return ValueError(f"{name} has token {wrong}; the vocabulary is 0 to {vocab_size - 1}")
+    return token_ids
+
+
+def _encode(texts: dict[int, str], tokenizer: PreTrainedTokenizerBase) -> dict[int, list[int]]:
+    """The token ids of texts, in one call."""
+    encoded = dict(zip(texts, tokenizer(list(texts.values()))["input_ids"], strict=True))
+    if tokenizer.bos_token is not None:
+        for index, text in texts.items():
+            if text.startswith(tokenizer.bos_token):
+                _drop_second_bos(encoded[index], text, tokenizer)
+    return encoded
 
 
 def _drop_second_bos(token_ids: list[int], text: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -94,40 +125,62 @@ def _drop_second_bos(token_ids: list[int], text: str, tokenizer: PreTrainedToken
         del token_ids[0]
 
 
-def _check_types(index: int, prompt: object) -> list[int]:
-    if not isinstance(prompt, Sequence) or isinstance(prompt, (str, bytes, bytearray)):
-        raise TypeError(f"prompt {index} must be a str or a list of token ids, got {type(prompt).__name__}")
-    if all(type(token) is int for token in prompt):
-        return list(prompt)
-    for token in prompt:
-        if isinstance(token, bool) or not isinstance(token, Integral):
-            raise TypeError(f"prompt {index} must be a str or a list of token ids, it holds {token!r}")
-    return [int(token) for token in prompt]  # such as numpy's
+def is_conversation(prompt: object) -> bool:
+    """Whether it is a list that begins with a message."""
+    return isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
 
 def render_chats(
-    conversations: Conversation | Sequence[Conversation], tokenizer: PreTrainedTokenizerBase | None, **template_args: Any
-) -> list[list[int]]:
+    conversations: Sequence[Conversation],
+    names: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    template_args: Sequence[Mapping[str, Any]],
+) -> list[list[int] | Refusal]:
     """The token ids that the checkpoint's chat template makes of conversations, ready for the assistant's answer.
 
-    Raises:
-        TypeError: not a conversation.
-        ValueError: no chat template, or it refuses a conversation; with its index.
+    Args:
+        conversations: lists of messages.
+        names: what errors call each of them.
+        tokenizer: the checkpoint's.
+        template_args: passed on to the template, for each of them.
+
+    Returns:
+        For each its token ids, or why it has none: no conversation, no chat template, or one that refuses it.
     """
+    rendered = [
+        _render_chat(conversation, name, tokenizer, args)
+        for conversation, name, args in zip(conversations, names, template_args, strict=True)
+    ]
+    texts = [text for text in rendered if isinstance(text, str)]
+    # The template writes the special tokens itself.
+    encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if tokenizer is not None and texts else [])
+    return [next(encoded) if isinstance(text, str) else text for text in rendered]
+
+
+def _render_chat(
+    conversation: Conversation, name: str, tokenizer: PreTrainedTokenizerBase | None, template_args: Mapping[str, Any]
+) -> str | Refusal:
     if tokenizer is None or not tokenizer.chat_template:
         missing = "tokenizer" if tokenizer is None else "chat template"
-        raise ValueError(f"the checkpoint has no {missing}: chat needs one. Use generate with prompts of your own")
-    if not isinstance(conversations, Sequence) or isinstance(conversations, str):
-        raise TypeError(f"conversations must be lists of messages, got {type(conversations).__name__}")
-    batch: Any = [conversations] if conversations and isinstance(conversations[0], Mapping) else conversations
+        return ValueError(f"the checkpoint has no {missing}: chat needs one. Use generate with prompts of your own")
+    if not isinstance(conversation, Sequence) or not all(isinstance(message, Mapping) for message in conversation):
+        return TypeError(f"{name} must be a list of messages, dicts with 'role' and 'content'")
     options = {"add_generation_prompt": True, **template_args}
-    texts: list[str] = []
-    for index, conversation in enumerate(batch):
-        if not isinstance(conversation, Sequence) or not all(isinstance(message, Mapping) for message in conversation):
-            raise TypeError(f"conversation {index} must be a list of messages, dicts with 'role' and 'content'")
-        try:
-            texts.append(tokenizer.apply_chat_template(list(conversation), tokenize=False, **options))
-        except Exception as error:  # whatever the template's code raises
-            raise ValueError(f"the chat template refuses conversation {index}: {error}") from error
-    # The template writes the special tokens itself.
-    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    try:
+        text: str = tokenizer.apply_chat_template(list(conversation), tokenize=False, **options)
+        text.encode()
+    except Exception as error:  # whatever the template's code raises, and text that no tokenizer can encode
+        return ValueError(f"the chat template refuses {name}: {error}")
+    return text
+
+
+def raise_refused(checked: Sequence[list[int] | Refusal]) -> list[list[int]]:
+    """The token ids of requests, none of which was refused.
+
+    Raises:
+        TypeError, ValueError: one was; the first.
+    """
+    for one in checked:
+        if isinstance(one, Refusal):
+            raise one
+    return [one for one in checked if not isinstance(one, Refusal)]

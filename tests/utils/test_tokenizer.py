@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from nanovllm.utils.tokenizer import tokenize
+from nanovllm.utils.tokenizer import raise_refused, tokenize
 
 BOS = 1
 VOCAB_SIZE = 300
@@ -36,7 +36,7 @@ class StubTokenizer:
 
 
 def run(tokenizer: Any, *prompts: str | list[int]) -> list[list[int]]:
-    return tokenize(prompts, tokenizer, VOCAB_SIZE)
+    return raise_refused(tokenize(prompts, [""] * len(prompts), tokenizer, VOCAB_SIZE))
 
 
 def test_a_text_that_has_the_token_gets_no_second_one() -> None:
