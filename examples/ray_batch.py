@@ -38,7 +38,7 @@ def parse_args() -> argparse.Namespace:
     add = engines.add_argument
     add("--engines", type=int, default=1, help="processes, each with a model (default: 1)")
     add("--gpus-per-engine", type=float, metavar="N", help="default: tensor parallel size, 0 where there are no GPUs")
-    add("--cpus-per-engine", type=float, metavar="N", help="default: 1; leave one for reading and writing")
+    add("--cpus-per-engine", type=float, metavar="N", help="default: 1; leave one or two to Ray")
     add("--tensor-parallel-size", type=int, metavar="N", default=1, help="GPUs that share one model (default: 1)")
     add("--batch-size", type=int, metavar="ROWS", help="an engine's at a time (default: 8 * max-num-seqs)")
     add("--max-num-seqs", type=int, metavar="ROWS", default=512, help="that run at once in an engine (default: 512)")

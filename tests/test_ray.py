@@ -2,8 +2,8 @@
 
 import json
 import os
+import runpy
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -23,10 +23,18 @@ import torch
 from nanovllm import LLM, SamplingParams
 from nanovllm.ray import OUTPUT_SCHEMA, NanoVLLMStage, generate
 
-ROOT = Path(__file__).parents[1]
+EXAMPLE = Path(__file__).parents[1] / "examples" / "ray_batch.py"
 ENGINE: dict[str, Any] = {"max_model_len": 128, "num_kvcache_blocks": 64, "device": "cpu", "dtype": "float32"}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6)
 CHAT = [{"role": "user", "content": "Who are you?"}]
+
+# What the example is given: every fourth is a conversation, two cannot be run.
+ROWS: list[dict[str, Any]] = [
+    {"id": index, "prompt": None, "messages": CHAT}
+    if index % 4 == 0
+    else {"id": index, "prompt": {5: "", 7: "word " * 200}.get(index, f"Number {index}"), "messages": None}
+    for index in range(180)
+]
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +214,12 @@ def test_mistakes_are_found_before_any_actor_starts() -> None:
         generate(dataset, "model", SamplingParams(logprobs=1))
 
 
+def test_the_example_leaves_alone_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["ray_batch.py", "in.jsonl", str(tmp_path), "--model", "none"])
+    with pytest.raises(SystemExit, match="is there already"):
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+
+
 class AskedDataset:
     """Stands where a dataset would, and remembers what was asked of it."""
 
@@ -292,7 +306,7 @@ def cluster() -> Iterator[dict[str, str]]:
         for name, value in settings.items():
             environment.setenv(name, value)
         context = ray.init(
-            num_cpus=3, include_dashboard=False, object_store_memory=100 * 2**20, _temp_dir=folder, log_to_driver=False
+            num_cpus=4, include_dashboard=False, object_store_memory=100 * 2**20, _temp_dir=folder, log_to_driver=False
         )
         yield {**os.environ, "RAY_ADDRESS": context.address_info["address"]}
         children = psutil.Process().children(recursive=True)
@@ -303,23 +317,26 @@ def cluster() -> Iterator[dict[str, str]]:
     assert set(os.listdir("/dev/shm")) <= shared
 
 
-def start_example(cluster: dict[str, str], *args: object) -> subprocess.Popen[str]:
-    engine = ["--max-model-len", 128, "--kvcache-memory-gb", 0.05, "--max-tokens", 40, "--seed", 0]
-    command = [sys.executable, ROOT / "examples" / "ray_batch.py", *args, *engine]
+def start_example(
+    cluster: dict[str, str], source: Path, output: Path, model: Path, *options: object
+) -> subprocess.Popen[str]:
+    engine = ["--batch-size", 10, "--max-model-len", 128, "--kvcache-memory-gb", 0.05]
+    others = ["--max-tokens", 40, "--seed", 0, "--resume-by", "id", *options]
+    command = [sys.executable, EXAMPLE, source, output, "--model", model, *engine, *others]
     return subprocess.Popen(
         [str(part) for part in command], env=cluster, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
 def finish(example: subprocess.Popen[str]) -> str:
-    output, _ = example.communicate(timeout=120)
+    output, _ = example.communicate(timeout=240)
     assert example.returncode == 0, output
     return output
 
 
 def wait_for(what: Callable[[], Any], example: subprocess.Popen[str]) -> Any:
     """The first true value of `what()`, while the example runs."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not (value := what()):
         assert example.poll() is None, example.communicate()[0]
         assert time.monotonic() < deadline, "it did not happen"
@@ -339,16 +356,6 @@ def actors() -> list[psutil.Process]:
     return found
 
 
-def make_rows(count: int) -> list[dict[str, Any]]:
-    """Every fourth is a conversation, two cannot be run."""
-    rows: list[dict[str, Any]] = [{"id": index, "prompt": f"Number {index}", "messages": None} for index in range(count)]
-    for row in rows[::4]:
-        row.update(prompt=None, messages=CHAT)
-    rows[5]["prompt"] = ""
-    rows[count - 1]["prompt"] = "word " * 200
-    return rows
-
-
 def check_output(folder: Path, rows: list[dict[str, Any]], tiny_text_model: Path) -> None:
     """Every row is there once, as one engine answers it."""
     written = sorted(pads.dataset(folder).to_table().to_pylist(), key=lambda row: row["id"])
@@ -357,31 +364,33 @@ def check_output(folder: Path, rows: list[dict[str, Any]], tiny_text_model: Path
     assert written == run(stage, rows)
 
 
-def test_a_killed_engine_costs_no_row(cluster: dict[str, str], tiny_text_model: Path, tmp_path: Path) -> None:
-    rows = make_rows(160)
-    (tmp_path / "in").mkdir()
+@pytest.fixture(scope="module")
+def survived(cluster: dict[str, str], tiny_text_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a job wrote one of whose two engines was killed."""
+    folder = tmp_path_factory.mktemp("job")
+    (folder / "in").mkdir()
     for part in range(2):
-        pq.write_table(make_table(rows[part::2]), tmp_path / "in" / f"{part}.parquet")
-    output = tmp_path / "out"
-    example = start_example(cluster, tmp_path / "in", output, "--model", tiny_text_model, "--engines", 2, "--batch-size", 10)
-    wait_for(lambda: len(actors()) == 2 and list(output.glob("*.parquet")), example)
+        pq.write_table(make_table(ROWS[part:160:2]), folder / "in" / f"{part}.parquet")
+    example = start_example(cluster, folder / "in", folder / "out", tiny_text_model, "--engines", 2)
+    wait_for(lambda: len(actors()) == 2 and list(folder.glob("out/*.parquet")), example)
     victim = actors()[0]
     victim.kill()
     assert "160 rows, 2 with an error" in finish(example)
     assert not victim.is_running()
-    check_output(output, rows, tiny_text_model)
+    return folder / "out"
 
 
-def test_a_killed_job_goes_on_where_it_was(cluster: dict[str, str], tiny_text_model: Path, tmp_path: Path) -> None:
-    rows = make_rows(100)
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    output = tmp_path / "out"
-    arguments = [tmp_path / "in.jsonl", output, "--model", tiny_text_model, "--resume-by", "id", "--batch-size", 10]
-    example = start_example(cluster, *arguments)
-    wait_for(lambda: list(output.glob("*.parquet")), example)
-    example.send_signal(signal.SIGKILL)
-    example.communicate()
-    num_done = pads.dataset(output).count_rows()
-    assert 0 < num_done < 100
-    assert "100 rows, 2 with an error" in finish(start_example(cluster, *arguments))
-    check_output(output, rows, tiny_text_model)
+def test_a_killed_engine_costs_no_row(survived: Path, tiny_text_model: Path) -> None:
+    check_output(survived, ROWS[:160], tiny_text_model)
+
+
+def test_rows_that_were_written_are_not_done_again(
+    cluster: dict[str, str], survived: Path, tiny_text_model: Path, tmp_path: Path
+) -> None:
+    before = {file: file.stat().st_mtime_ns for file in survived.iterdir()}
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    assert "180 rows, 2 with an error" in finish(start_example(cluster, tmp_path / "in.jsonl", survived, tiny_text_model))
+    check_output(survived, ROWS, tiny_text_model)
+    new = [file for file in survived.iterdir() if file not in before]
+    assert sum(pq.read_metadata(file).num_rows for file in new) == 20
+    assert all(file.stat().st_mtime_ns == when for file, when in before.items())
