@@ -11,13 +11,10 @@ Reading, writing, moving rows between machines, retries and checkpoints are Ray'
 to take, and what happens when one of them dies.
 """
 
-import hashlib
-import inspect
-import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -26,7 +23,8 @@ from nanovllm.config import EngineConfig
 from nanovllm.engine.request_feed import Request
 from nanovllm.llm import LLM
 from nanovllm.outputs import RequestOutput
-from nanovllm.sampling_params import MAX_SEED, SamplingParams, check_int
+from nanovllm.rows import RowReader
+from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.tokenizer import Refusal
 
 try:
@@ -53,44 +51,20 @@ OUTPUT_SCHEMA = pa.schema(
 class NanoVLLMStage:
     """One engine, fed with batches of rows: a callable class for `Dataset.map_batches(..., batch_format="pyarrow")`.
 
-    A row has a prompt (a string or token ids) or messages (a list of structs with role and content, for the checkpoint's
-    chat template); the other of the two is null, or its column is not there. It may have sampling parameters of its own, a
-    struct whose fields that are not null replace those of `sampling_params`.
-
     All columns are kept; those of `OUTPUT_SCHEMA` are added. A row that cannot be run has null in all of them but `error`,
-    which says why. What is no row's fault is raised: an engine that fails, a batch with neither of the columns.
+    which says why. What is no row's fault is raised: an engine that fails, a table with neither prompts nor messages.
 
     Args:
         model: as `LLM`'s; every machine must find it there.
-        sampling_params: for all rows. One completion a row: to have several, repeat the row.
-        seed: makes what is sampled a function of this seed and the row's own values (all columns), so that a retry, or
-            another number of engines, gives the same text; equal rows get equal texts. None: every run draws anew.
-        prompt_column, messages_column, sampling_params_column: their names.
-        chat_template_args: passed on to the chat template, such as {"enable_thinking": False}.
-        **engine_options: see `nanovllm.config.EngineConfig`.
+        sampling_params: for all rows.
+        **options: see `RowReader` (what a row may hold, `seed`, names of columns, `chat_template_args`) and `EngineConfig`.
 
     Raises:
         TypeError, ValueError: a value that cannot be.
     """
 
-    def __init__(
-        self,
-        model: str | os.PathLike[str],
-        sampling_params: SamplingParams | None = None,
-        *,
-        seed: int | None = None,
-        prompt_column: str = "prompt",
-        messages_column: str = "messages",
-        sampling_params_column: str = "sampling_params",
-        chat_template_args: Mapping[str, Any] | None = None,
-        **engine_options: Any,
-    ) -> None:
-        self._sampling_params = _check_sampling_params(sampling_params)
-        self._seed = None if seed is None else check_int("seed", seed, minimum=0, maximum=MAX_SEED)
-        self._prompt_column = prompt_column
-        self._messages_column = messages_column
-        self._sampling_params_column = sampling_params_column
-        self._chat_template_args = dict(chat_template_args or {})
+    def __init__(self, model: str | os.PathLike[str], sampling_params: SamplingParams | None = None, **options: Any) -> None:
+        self._reader, engine_options = _split_options(sampling_params, options)
         _use_assigned_cpus()
         self._llm = LLM(model, **engine_options)
 
@@ -101,71 +75,35 @@ class NanoVLLMStage:
             TypeError: the batch is no pyarrow table.
             ValueError: it has neither prompts nor messages, or has a column that would be added.
         """
-        self._check_columns(batch)
+        if not isinstance(batch, pa.Table):
+            raise TypeError(f"a batch must be a pyarrow table, got {type(batch).__name__}: pass batch_format='pyarrow'")
+        taken = [name for name in OUTPUT_SCHEMA.names if name in batch.column_names]
+        if taken:
+            raise ValueError(f"rows have a column {taken[0]!r} already, which is to be added: rename or drop it")
+        rows = batch.select(self._reader.needed_columns(batch.column_names)).to_pylist()
+        added = pa.Table.from_pylist(self._complete(rows), schema=OUTPUT_SCHEMA)
+        for field, column in zip(OUTPUT_SCHEMA, added.columns, strict=True):
+            batch = batch.append_column(field, column)
+        return batch
+
+    def _complete(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The columns to add to each row."""
         results: dict[int, dict[str, Any]] = {}
         started: list[int] = []  # rows, in the order of the requests
 
         def requests() -> Iterator[Request]:
-            for index, row in enumerate(self._read_rows(batch)):
+            for index, row in enumerate(rows):
                 try:
-                    request = self._make_request(row)
+                    request = self._reader.make_request(row)
                 except (TypeError, ValueError) as error:
-                    results[index] = {"error": str(error)}
+                    results[index] = _output_columns(error)
                 else:
                     started.append(index)
                     yield request
 
         for number, output in self._llm.generate_as_completed(requests()):
             results[started[number]] = _output_columns(output)
-        added = pa.Table.from_pylist([results[index] for index in range(batch.num_rows)], schema=OUTPUT_SCHEMA)
-        for field, column in zip(OUTPUT_SCHEMA, added.columns, strict=True):
-            batch = batch.append_column(field, column)
-        return batch
-
-    def _check_columns(self, batch: pa.Table) -> None:
-        if not isinstance(batch, pa.Table):
-            raise TypeError(f"a batch must be a pyarrow table, got {type(batch).__name__}: pass batch_format='pyarrow'")
-        names = batch.column_names
-        if self._prompt_column not in names and self._messages_column not in names:
-            raise ValueError(f"rows have no column {self._prompt_column!r} or {self._messages_column!r}, but {names}")
-        taken = sorted({*names} & {*OUTPUT_SCHEMA.names})
-        if taken:
-            raise ValueError(f"rows have a column {taken[0]!r} already, which is to be added: rename or drop it")
-
-    def _read_rows(self, batch: pa.Table) -> list[dict[str, Any]]:
-        """The rows as Python's objects, without nulls; of all columns if seeds are made of them."""
-        needed = (self._prompt_column, self._messages_column, self._sampling_params_column)
-        names = [name for name in batch.column_names if self._seed is not None or name in needed]
-        return [_without_nulls(row) for row in batch.select(names).to_pylist()]
-
-    def _make_request(self, row: dict[str, Any]) -> Request:
-        """What the engine is asked for.
-
-        Raises:
-            TypeError, ValueError: a row that cannot be run; what depends on the model is checked by the engine.
-        """
-        prompt: Any = row.get(self._prompt_column)
-        messages: Any = row.get(self._messages_column)
-        if (prompt is None) == (messages is None):
-            found = "neither" if prompt is None else "both"
-            raise ValueError(f"a row needs {self._prompt_column!r} or {self._messages_column!r}, this one has {found}")
-        if messages is not None and not (isinstance(messages, list) and all(isinstance(one, dict) for one in messages)):
-            raise TypeError(f"{self._messages_column!r} must be a list of messages, structs of role and content")
-        params = self._sampling_params_of(row)
-        if params.seed is None and self._seed is not None:
-            params = replace(params, seed=_row_seed(self._seed, row))
-        return Request(prompt if messages is None else messages, params, self._chat_template_args, name="the prompt")
-
-    def _sampling_params_of(self, row: dict[str, Any]) -> SamplingParams:
-        options = row.get(self._sampling_params_column)
-        if options is None:
-            return self._sampling_params
-        if not isinstance(options, dict):
-            raise TypeError(f"{self._sampling_params_column!r} must be a struct, got {type(options).__name__}")
-        biases = options.get("logit_bias")
-        if isinstance(biases, dict):  # the names of a struct's fields are strings
-            options = {**options, "logit_bias": {int(token): bias for token, bias in biases.items()}}
-        return _check_sampling_params(replace(self._sampling_params, **options))
+        return [results[index] for index in range(len(rows))]
 
 
 def generate(
@@ -198,9 +136,8 @@ def generate(
     Raises:
         TypeError, ValueError: a value that cannot be.
     """
-    stage_options = inspect.signature(NanoVLLMStage).parameters
-    config = EngineConfig.from_kwargs(**{name: value for name, value in options.items() if name not in stage_options})
-    _check_sampling_params(sampling_params)
+    _, engine_options = _split_options(sampling_params, options)
+    config = EngineConfig.from_kwargs(**engine_options)  # a mistake is found here, not in an actor
     resources = ray.cluster_resources()
     if gpus_per_engine is None:
         gpus_per_engine = config.tensor_parallel_size if config.device != "cpu" and resources.get("GPU") else 0
@@ -229,17 +166,13 @@ def generate(
     )
 
 
-def _check_sampling_params(params: SamplingParams | None) -> SamplingParams:
-    """`params` or the defaults; raise if they ask for what has no column."""
-    if params is None:
-        return SamplingParams()
-    if not isinstance(params, SamplingParams):
-        raise TypeError(f"sampling_params must be SamplingParams, got {type(params).__name__}")
-    for name, only in (("n", 1), ("logprobs", None), ("prompt_logprobs", None)):
-        value = getattr(params, name)
-        if value != only:
-            raise ValueError(f"{name} must be {only} here, got {value}: there is no column for it")
-    return params
+def _split_options(sampling_params: SamplingParams | None, options: dict[str, Any]) -> tuple[RowReader, dict[str, Any]]:
+    """The reader of rows, and the engine's options."""
+    known = {field.name for field in fields(RowReader)}
+    of_rows = {name: value for name, value in options.items() if name in known}
+    if sampling_params is not None:
+        of_rows["sampling_params"] = sampling_params
+    return RowReader(**of_rows), {name: value for name, value in options.items() if name not in known}
 
 
 def _use_assigned_cpus() -> None:
@@ -259,16 +192,3 @@ def _output_columns(output: RequestOutput | Refusal) -> dict[str, Any]:
         "num_prompt_tokens": output["num_prompt_tokens"],
         "num_generated_tokens": len(output["token_ids"]),
     }
-
-
-def _without_nulls(value: Any) -> Any:
-    """The same without the fields of structs that are null: what a row did not say, but another of its batch did."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
-    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
-
-
-def _row_seed(seed: int, row: dict[str, Any]) -> int:
-    """A function of the seed and the row's values."""
-    content = json.dumps([seed, row], sort_keys=True, default=repr)
-    return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "big") & MAX_SEED

@@ -212,6 +212,8 @@ def test_mistakes_are_found_before_any_actor_starts() -> None:
         generate(dataset, "model", tensor_parallel_size=0, prompt_column="text")
     with pytest.raises(ValueError, match="logprobs must be None"):
         generate(dataset, "model", SamplingParams(logprobs=1))
+    with pytest.raises(TypeError, match="seed must be an integer"):
+        generate(dataset, "model", seed="7")
 
 
 def test_the_example_leaves_alone_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
