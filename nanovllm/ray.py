@@ -30,7 +30,7 @@ from nanovllm.utils.tokenizer import Refusal
 try:
     import pyarrow as pa
     import ray
-    from ray.data import ActorPoolStrategy, Dataset
+    from ray.data import ActorPoolStrategy, DataContext, Dataset
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"nanovllm.ray needs Ray Data ({error}): pip install 'nano-vllm[ray]'") from error
 
@@ -142,13 +142,7 @@ def generate(
     if gpus_per_engine is None:
         gpus_per_engine = config.tensor_parallel_size if config.device != "cpu" and resources.get("GPU") else 0
     fewest, most = engines if isinstance(engines, tuple) else (engines, engines)
-    num_cpus = fewest * (1 if cpus_per_engine is None else cpus_per_engine)
-    if num_cpus >= resources.get("CPU", 0):
-        logger.warning(
-            "the engines take %g CPUs, the cluster has %g: tasks that read and write need one, and wait until there is",
-            num_cpus,
-            resources.get("CPU", 0),
-        )
+    _warn_if_no_cpus_are_left(fewest * (1 if cpus_per_engine is None else cpus_per_engine), resources.get("CPU", 0))
     if batch_size is None:
         batch_size = 8 * config.max_num_seqs
     device = ("cuda" if gpus_per_engine else "cpu") if config.device == "auto" else config.device
@@ -173,6 +167,19 @@ def _split_options(sampling_params: SamplingParams | None, options: dict[str, An
     if sampling_params is not None:
         of_rows["sampling_params"] = sampling_params
     return RowReader(**of_rows), {name: value for name, value in options.items() if name not in known}
+
+
+def _warn_if_no_cpus_are_left(taken: float, available: float) -> None:
+    """Ray Data waits without a word while its tasks that read and write, and the actor of a checkpoint, find no CPU."""
+    needed = 1 if DataContext.get_current().checkpoint_config is None else 2
+    if available - taken < needed:
+        logger.warning(
+            "the engines take %g of the cluster's %g CPUs: Ray's own work needs %d and waits until there are: take fewer "
+            "engines, or give them less than a CPU each",
+            taken,
+            available,
+            needed,
+        )
 
 
 def _use_assigned_cpus() -> None:

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
+from ray.data.checkpoint import CheckpointConfig
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.ray import OUTPUT_SCHEMA, NanoVLLMStage, generate
@@ -259,8 +260,21 @@ def test_engines_take_gpus_where_there_are_some(monkeypatch: pytest.MonkeyPatch,
         assert (asked["num_gpus"], asked["num_cpus"], asked["batch_size"]) == (0, 8, 100)
         assert asked["fn_constructor_kwargs"] == {"device": "cpu"}
     assert not caplog.records
+
+
+def test_engines_that_take_all_cpus_are_warned_about(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    ask(monkeypatch, {"CPU": 3.0}, engines=2)
+    assert not caplog.records
+    context = ray.data.DataContext.get_current()
+    monkeypatch.setattr(context, "checkpoint_config", CheckpointConfig("id", str(tmp_path)))
+    ask(monkeypatch, {"CPU": 3.0}, engines=2)
+    assert "the engines take 2 of the cluster's 3 CPUs: Ray's own work needs 2" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(context, "checkpoint_config", None)
     ask(monkeypatch, {"CPU": 2.0}, engines=2)
-    assert "the engines take 2 CPUs, the cluster has 2" in caplog.text
+    assert "Ray's own work needs 1" in caplog.text
 
 
 def test_an_engine_has_a_thread_for_each_cpu(tiny_text_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
