@@ -20,6 +20,8 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import ray
 import ray.data
+from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
+from ray.data import SaveMode
 from ray.data.checkpoint import CheckpointConfig
 
 from nanovllm import SamplingParams
@@ -54,8 +56,10 @@ def parse_args() -> argparse.Namespace:
 
 def read(path: str) -> ray.data.Dataset:
     """The rows of a file, or of the files of a folder."""
-    names = [file.name for file in Path(path).iterdir()] if Path(path).is_dir() else [path]
-    parquet = any(name.endswith(".parquet") for name in names)
+    files, name = FileSystem.from_uri(path) if "://" in path else (LocalFileSystem(), path)
+    is_folder = files.get_file_info(name).type == FileType.Directory
+    names = [file.path for file in files.get_file_info(FileSelector(name))] if is_folder else [name]
+    parquet = any(one.endswith(".parquet") for one in names)
     return ray.data.read_parquet(path) if parquet else ray.data.read_json(path)
 
 
@@ -83,7 +87,7 @@ def complete(args: argparse.Namespace) -> None:
         max_model_len=args.max_model_len,
         kvcache_memory_gb=args.kvcache_memory_gb,
     )
-    dataset.write_parquet(args.output)
+    dataset.write_parquet(args.output, mode=SaveMode.APPEND if args.resume_by else SaveMode.ERROR)
 
 
 def count(output: str) -> tuple[int, int, int]:
