@@ -321,7 +321,12 @@ def cluster() -> Iterator[dict[str, str]]:
         for name, value in settings.items():
             environment.setenv(name, value)
         context = ray.init(
-            num_cpus=4, include_dashboard=False, object_store_memory=100 * 2**20, _temp_dir=folder, log_to_driver=False
+            "local",
+            num_cpus=4,
+            include_dashboard=False,
+            object_store_memory=100 * 2**20,
+            log_to_driver=False,
+            _temp_dir=folder,
         )
         yield {**os.environ, "RAY_ADDRESS": context.address_info["address"]}
         children = psutil.Process().children(recursive=True)
