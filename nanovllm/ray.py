@@ -23,8 +23,8 @@ from nanovllm.config import EngineConfig
 from nanovllm.engine.request_feed import Request
 from nanovllm.llm import LLM
 from nanovllm.outputs import RequestOutput
-from nanovllm.rows import RowReader
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.table_rows import RowReader
 from nanovllm.utils.tokenizer import Refusal
 
 try:
