@@ -16,7 +16,7 @@ from torch import Tensor
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.input_batch import StepInputs
 
-CASES = [("torch_reference", "bfloat16")]
+CASES = [("torch_reference", "bfloat16"), ("cpu", "float32"), ("cpu", "bfloat16")]
 PROMPTS = [Random(i).choices(range(320), k=5 + 7 * i % 40) for i in range(100)]
 PARAMS = SamplingParams(seed=1, max_tokens=6, top_p=0.95)
 Logits = dict[tuple[int, int], Tensor]
