@@ -29,6 +29,7 @@ class AttentionSpec:
     block_size: int
     dtype: torch.dtype
     device: torch.device
+    batch_invariant: bool = False  # a query's result must be the same bits in a chunk of any size and in any batch
 
     @property
     def bytes_per_block(self) -> int:

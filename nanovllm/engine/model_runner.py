@@ -18,6 +18,7 @@ from nanovllm.engine.input_buffer import InputBuffer, StepTensors
 from nanovllm.engine.kv_cache import allocate_kv_cache, decide_num_blocks
 from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.layers.cpu_layers import fuse_layers
+from nanovllm.layers.fixed_rows import fix_rows
 from nanovllm.layers.logits_processors import edit_logits
 from nanovllm.layers.logprobs import Logprobs, compute_logprobs, compute_prompt_logprobs
 from nanovllm.layers.packed_weight import pack_weights
@@ -75,7 +76,9 @@ class ModelRunner:
         load_weights(model, folder, ranks)
         pack_weights(model)
         self.model = model.to(self.device).eval()  # the tables of the rotary embedding are still to be moved
-        if self.device.type == "cuda" and not config.enforce_eager:
+        if config.batch_invariant:
+            fix_rows(self.model)
+        elif self.device.type == "cuda" and not config.enforce_eager:
             compile_layers(self.model)
 
         def make_spec(backend: type[AttentionBackend]) -> AttentionSpec:
@@ -86,6 +89,7 @@ class ModelRunner:
                 block_size=config.kvcache_block_size or backend.DEFAULT_BLOCK_SIZE,
                 dtype=self.dtype,
                 device=self.device,
+                batch_invariant=config.batch_invariant,
             )
 
         self.backend = choose_backend(config.attention_backend, make_spec)
