@@ -17,6 +17,8 @@ from nanovllm.engine.input_batch import InputBatch, StepInputs, placeholder_inpu
 from nanovllm.engine.input_buffer import InputBuffer, StepTensors
 from nanovllm.engine.kv_cache import allocate_kv_cache, decide_num_blocks
 from nanovllm.engine.scheduled_batch import ScheduledBatch
+from nanovllm.layers.cpu_layers import fuse_layers
+from nanovllm.layers.fixed_rows import fix_rows
 from nanovllm.layers.logits_processors import edit_logits
 from nanovllm.layers.logprobs import Logprobs, compute_logprobs, compute_prompt_logprobs
 from nanovllm.layers.packed_weight import pack_weights
@@ -25,6 +27,7 @@ from nanovllm.models import get_model_class
 from nanovllm.models.config import ModelConfig
 from nanovllm.utils.compile import compile_layers
 from nanovllm.utils.context import ForwardContext, forward_context
+from nanovllm.utils.cpu_build import load_kernels
 from nanovllm.utils.device import choose_device, choose_dtype
 from nanovllm.utils.loader import load_weights, materialize
 from nanovllm.utils.ranks import Ranks
@@ -74,7 +77,9 @@ class ModelRunner:
         pack_weights(model)
         self.model = model.to(self.device).eval()  # the tables of the rotary embedding are still to be moved
         self.sampler = Sampler()
-        if self.device.type == "cuda" and not config.enforce_eager:
+        if config.batch_invariant:
+            fix_rows(self.model)
+        elif self.device.type == "cuda" and not config.enforce_eager:
             compile_layers(self.model)
             compile_layers(self.sampler)
 
@@ -86,9 +91,12 @@ class ModelRunner:
                 block_size=config.kvcache_block_size or backend.DEFAULT_BLOCK_SIZE,
                 dtype=self.dtype,
                 device=self.device,
+                batch_invariant=config.batch_invariant,
             )
 
         self.backend = choose_backend(config.attention_backend, make_spec)
+        if self.backend.HAS_LAYER_KERNELS:
+            fuse_layers(self.model, load_kernels())
         self.block_size = self.backend.spec.block_size
         self.max_model_len = max_model_len
         self.max_num_batched_tokens = config.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[self.device.type]
