@@ -32,7 +32,7 @@ from benchmarks.hand_over import print_hand_over
 from benchmarks.host_overhead import print_host_overhead
 from example import choose_model
 from nanovllm import LLM, SamplingParams
-from nanovllm.layers.sampler import Filters, sample
+from nanovllm.layers.sampler import Filters, Sampler
 from nanovllm.utils.device import choose_device, choose_dtype
 
 
@@ -175,6 +175,7 @@ def time_sampler(num_rows: int = 96, vocab_size: int = 151_936, repeat: int = 7)
     logits = 3 * torch.randn(num_rows, vocab_size, device=device)
     logits[:, ::5000] += 15  # as peaked as a model's often are
     uniforms = torch.rand(num_rows)
+    sampler = Sampler()
 
     def measure(temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> float:
         columns = (torch.full((num_rows,), value) for value in (top_k, top_p, min_p))
@@ -182,7 +183,7 @@ def time_sampler(num_rows: int = 96, vocab_size: int = 151_936, repeat: int = 7)
         seconds = []
         for _ in range(repeat + 1):
             start = time.perf_counter()
-            sample(logits, torch.full((num_rows,), temperature), uniforms, filters)
+            sampler(logits, torch.full((num_rows,), temperature), uniforms, filters)
             seconds.append(time.perf_counter() - start)
         return round(1e3 * min(seconds[1:]), 1)
 

@@ -21,7 +21,7 @@ from nanovllm.batch.runner import BatchRun
 from nanovllm.config import EngineConfig
 from nanovllm.engine import llm_engine, request_feed
 from nanovllm.engine.model_runner import StepOutput
-from nanovllm.engine.scheduler import ScheduledBatch
+from nanovllm.engine.scheduled_batch import ScheduledBatch
 from nanovllm.models.config import ModelConfig
 
 NUM_ROWS, NUM_WORDS, NUM_OUTPUT_TOKENS, NUM_ROUNDS = 10_000, 75, 32, 3

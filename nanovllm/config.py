@@ -38,6 +38,8 @@ class EngineConfig:
         attention_backend: "auto" or the name of one of nanovllm.attention's.
         kvcache_memory_gb: GiB for the KV cache, over all ranks. On the CPU the default is half of the memory that is free.
         enable_prefix_caching: share KV blocks between requests that begin with the same tokens.
+        batch_invariant: make sure that a token's logits do not depend, bit for bit, on what else is computed. On an x86 CPU
+            the default backend has this property anyway; elsewhere it costs speed.
         seed: makes the seeds drawn for requests without one reproducible.
     """
 
@@ -54,6 +56,7 @@ class EngineConfig:
     attention_backend: str = "auto"
     kvcache_memory_gb: float | None = None
     enable_prefix_caching: bool = True
+    batch_invariant: bool = False
     seed: int | None = None
 
     @classmethod
@@ -81,7 +84,7 @@ class EngineConfig:
             raise ValueError(f"kvcache_block_size must be a multiple of 16, got {self.kvcache_block_size}")
         if self.seed is not None:
             self._set_int("seed", minimum=0, maximum=MAX_SEED)
-        for name in ("enforce_eager", "enable_prefix_caching"):
+        for name in ("enforce_eager", "enable_prefix_caching", "batch_invariant"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         _check_positive("gpu_memory_utilization", self.gpu_memory_utilization, maximum=1.0)

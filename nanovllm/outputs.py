@@ -74,6 +74,7 @@ class StreamEvent(TypedDict):
     request_id: what `LLM.abort` takes.
     text: new text, possibly none: it never ends within a character or within what may become a stop string.
     token_ids: new tokens.
+    logprobs: of the new tokens, where the request asked for them; see `CompletionOutput`.
     finish_reason, stop_reason: None until the completion's last event; see `CompletionOutput`.
     """
 
@@ -82,5 +83,6 @@ class StreamEvent(TypedDict):
     request_id: int
     text: str
     token_ids: list[int]
+    logprobs: list[PositionLogprobs] | None
     finish_reason: FinishReason | None
     stop_reason: str | int | None

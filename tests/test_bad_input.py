@@ -17,7 +17,7 @@ import torch
 
 import nanovllm.utils.checkpoint
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine.scheduler import ScheduledBatch
+from nanovllm.engine.scheduled_batch import ScheduledBatch
 
 CheckpointFactory = Callable[..., Path]
 

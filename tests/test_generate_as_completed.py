@@ -13,7 +13,7 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.engine.llm_engine import StepResult
 from nanovllm.engine.model_runner import StepOutput
 from nanovllm.engine.request_feed import Request
-from nanovllm.engine.scheduler import ScheduledBatch
+from nanovllm.engine.scheduled_batch import ScheduledBatch
 
 MAX_NUM_SEQS = 4
 GREEDY = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)

@@ -10,8 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine import model_runner
-from nanovllm.layers.sampler import sample
+from nanovllm.layers.sampler import Sampler
 
 TOLERANCE = 1e-4  # between logits in float32
 NUM_TOKENS = 64
@@ -148,11 +147,13 @@ def complete_with_ours(
     """Our greedy completions of a batch, with the logits as the sampler saw them; all prompts stay in every batch."""
     steps: list[Tensor] = []
 
-    def record_and_sample(logits: Tensor, *how: Any) -> Tensor:
-        steps.append(logits.float())
-        return sample(logits, *how)
+    sample = Sampler.forward
 
-    monkeypatch.setattr(model_runner, "sample", record_and_sample)
+    def record_and_sample(sampler: Sampler, logits: Tensor, *how: Any) -> Tensor:
+        steps.append(logits.float())
+        return sample(sampler, logits, *how)
+
+    monkeypatch.setattr(Sampler, "forward", record_and_sample)
     with LLM(folder, device="cpu", max_num_seqs=len(prompts), **config) as llm:
         outputs = llm.generate(prompts, params, use_tqdm=False)
     logits = torch.stack(steps, dim=1)  # fails unless each step sampled every sequence

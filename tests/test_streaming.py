@@ -65,6 +65,16 @@ def test_pieces_are_the_text_of_generate(llm: LLM) -> None:
     assert is_clean(llm)
 
 
+def test_events_carry_the_log_probabilities_of_their_tokens(llm: LLM) -> None:
+    params = [SamplingParams(seed=1, max_tokens=9, logprobs=2), SamplingParams(seed=2, max_tokens=5)]
+    expected = llm.generate(PROMPTS[:2], params, use_tqdm=False)
+    events = list(llm.stream(PROMPTS[:2], params))
+    assert all(event["logprobs"] is None for event in events if event["index"] == 1)
+    of_first = [event for event in events if event["index"] == 0]
+    assert [len(event["logprobs"] or []) for event in of_first] == [len(event["token_ids"]) for event in of_first]
+    assert [one for event in of_first for one in event["logprobs"] or []] == expected[0]["logprobs"]
+
+
 def test_stop_string_ends_the_text_before_it_and_no_part_of_it_is_shown(llm: LLM) -> None:
     whole = complete(llm, max_tokens=24)
     for length in (1, 3, 7, 20):

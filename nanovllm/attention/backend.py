@@ -29,6 +29,7 @@ class AttentionSpec:
     block_size: int
     dtype: torch.dtype
     device: torch.device
+    batch_invariant: bool = False  # a query's result must be the same bits in a chunk of any size and in any batch
 
     @property
     def bytes_per_block(self) -> int:
@@ -41,6 +42,7 @@ class AttentionBackend(ABC):
 
     DEFAULT_BLOCK_SIZE: ClassVar[int] = 16
     CAN_BE_CAPTURED: ClassVar[bool] = False  # in a CUDA graph: nothing in a decode looks at a tensor's values on the host
+    HAS_LAYER_KERNELS: ClassVar[bool] = False  # its library has the small layers too: see layers/cpu_layers.py
 
     def __init__(self, spec: AttentionSpec) -> None:
         self.spec = spec

@@ -1,11 +1,13 @@
 """Paged attention on a CPU: the C++ kernel in cpu_paged_attention.cpp, which explains its method and cache layout."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from nanovllm.attention.backend import AttentionBackend, AttentionSpec
-from nanovllm.attention.cpu_build import BuildError, load_kernels
 from nanovllm.utils.context import AttentionMetadata
+from nanovllm.utils.cpu_build import BuildError, load_kernels
 
 TILE = 16  # tokens of a tile of K and V
 MAX_HEAD_DIM = 256
@@ -13,6 +15,8 @@ MAX_HEAD_DIM = 256
 
 class CPUBackend(AttentionBackend):
     """One kernel for prefill chunks and decodes; a row's result is the same, bit for bit, whatever else is in the batch."""
+
+    HAS_LAYER_KERNELS: ClassVar[bool] = True
 
     def __init__(self, spec: AttentionSpec) -> None:
         super().__init__(spec)

@@ -27,13 +27,14 @@
 
 #include <algorithm>
 #include <atomic>
-#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <memory>
 #include <type_traits>
 #include <vector>
+
+#include "../utils/cpu_math.h"
 
 #if defined(__AVX512BF16__) && !defined(NANOVLLM_BF16_DOT)
 #define NANOVLLM_BF16_DOT  // the tests define it together with an emulation of the instructions
@@ -54,7 +55,6 @@ constexpr int64_t SCORE_STRIDE = PARTITION + TILE;
 constexpr int64_t QUERY_STRIDE = MAX_HEAD_DIM + TILE;
 constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
 
-#define ALWAYS_INLINE inline __attribute__((always_inline))
 #define NO_INLINE __attribute__((noinline))  // a function of its own for the inner loops: all registers are theirs
 
 // ---- formats: how the inner loop multiplies ----
@@ -239,32 +239,6 @@ NO_INLINE void weigh(const typename F::Operand* p, const Partition<F>& kv, int64
 }
 
 // ---- softmax ----
-
-ALWAYS_INLINE float fused_multiply_add(float a, float b, float c) {
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-  return __builtin_fmaf(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
-
-// e^x for x up to about 0, to 2 units in the last place; exactly 0 below -87 and for minus infinity; NaN stays NaN.
-// 2^n * e^r with n = round(x / ln 2), r in [-ln 2 / 2, ln 2 / 2] and e^r by its Taylor polynomial, whose next term is
-// below 2^-27. Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits. The compiler vectorises this.
-ALWAYS_INLINE float exp_nonpositive(float x) {
-  const float shifted = fused_multiply_add(x, 1.44269504f, 12582912.0f);
-  const float n = shifted - 12582912.0f;
-  const float r = fused_multiply_add(n, -1.42860677e-6f, fused_multiply_add(n, -0.693145752f, x));
-  float y = fused_multiply_add(r, 1.0f / 720, 1.0f / 120);
-  y = fused_multiply_add(y, r, 1.0f / 24);
-  y = fused_multiply_add(y, r, 1.0f / 6);
-  y = fused_multiply_add(y, r, 0.5f);
-  y = fused_multiply_add(y, r, 1.0f);
-  y = fused_multiply_add(y, r, 1.0f);
-  const uint32_t exponent = std::bit_cast<uint32_t>(shifted) << 23;
-  const float scaled = std::bit_cast<float>(std::bit_cast<uint32_t>(y) + exponent);
-  return x < -87.0f ? 0.0f : scaled;
-}
 
 // A row's softmax over some part of its context, not yet divided by the sum.
 struct Reduced {
@@ -707,7 +681,7 @@ void attend(
 }  // namespace
 
 // NANOVLLM_OPS: the namespace of the operators, of each build its own.
-TORCH_LIBRARY(NANOVLLM_OPS, library) {
+TORCH_LIBRARY_FRAGMENT(NANOVLLM_OPS, library) {
   library.def("store(Tensor k, Tensor v, Tensor(a!) cache, Tensor slot_mapping) -> ()", &store);
   library.def(
       "attend(Tensor q, Tensor cache, Tensor(a!) out, Tensor cu_seqlens_q, Tensor context_lens, Tensor block_tables, "

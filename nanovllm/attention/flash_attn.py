@@ -28,6 +28,8 @@ class FlashAttnBackend(TritonBackend):
     @staticmethod
     def why_not(spec: AttentionSpec) -> str | None:
         """It needs the package, a GPU from Ampere on, 16-bit dtypes and large blocks."""
+        if spec.batch_invariant:
+            return "flash-attn splits a context as the batch leaves room for; batch_invariant needs fixed splits"
         if spec.device.type != "cuda" or torch.version.hip is not None:
             return "flash-attn needs an NVIDIA GPU"
         capability = torch.cuda.get_device_capability(spec.device)

@@ -17,8 +17,8 @@ class TorchReferenceBackend(AttentionBackend):
 
     @staticmethod
     def why_not(spec: AttentionSpec) -> str | None:
-        """Always usable."""
-        return None
+        """It can serve everything, but sums in an order of its own for every shape."""
+        return "its sums depend on the number of queries; batch_invariant needs fixed ones" if spec.batch_invariant else None
 
     def allocate_cache(self, num_blocks: int) -> Tensor:
         """[2, num_blocks, block_size, num_kv_heads, head_dim]."""

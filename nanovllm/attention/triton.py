@@ -112,13 +112,16 @@ class TritonBackend(AttentionBackend):
         """See `AttentionBackend.attend`."""
         q = q.contiguous()
         out = torch.empty_like(q)
+        if self.spec.batch_invariant:  # the two kernels' sums differ: a token may be computed in a chunk or on its own
+            self._prefill(q, out, cache, metadata, min_queries=1)
+            return out
         if metadata.max_seqlen_q > 1:
-            self._prefill(q, out, cache, metadata)
+            self._prefill(q, out, cache, metadata, min_queries=2)
         self._decode(q, out, cache, metadata)
         return out
 
-    def _prefill(self, q: Tensor, out: Tensor, cache: Tensor, metadata: AttentionMetadata) -> None:
-        """Attend with all queries of several tokens."""
+    def _prefill(self, q: Tensor, out: Tensor, cache: Tensor, metadata: AttentionMetadata, min_queries: int) -> None:
+        """Attend with all queries of at least so many tokens."""
         tiles = prefill_tiles(self._group, self.spec.head_dim, self.spec.dtype.itemsize)
         num_tiles = -(-metadata.max_seqlen_q * self._group // tiles.block_m)
         self._kernels.prefill_kernel[(num_tiles, self.spec.num_kv_heads, len(metadata.context_lens))](
@@ -131,6 +134,7 @@ class TritonBackend(AttentionBackend):
             metadata.block_tables.stride(0),
             cache.stride(0),
             self._scale,
+            min_queries,
             **self._layout,
             BLOCK_M=tiles.block_m,
             BLOCK_N=tiles.block_n,

@@ -100,6 +100,7 @@ def prefill_kernel(
     table_stride,
     plane_stride,
     scale,
+    min_queries,  # of a sequence; those with fewer are left alone
     GROUP: tl.constexpr,  # query heads that share a KV head
     BLOCK_SIZE: tl.constexpr,
     TOKEN_STRIDE: tl.constexpr,
@@ -108,11 +109,15 @@ def prefill_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program a (tile of queries, KV head, sequence). Queries of one token are left to the decode kernel."""
+    """One program a (tile of queries, KV head, sequence).
+
+    A row's sums are over the same tiles of the context in the same order whatever the other rows of its tile see: what is
+    masked adds 0. It is 0 in a padding row, whose context is empty.
+    """
     tile, kv_head, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     first_token = tl.load(cu_seqlens_q_ptr + seq)
     num_rows = (tl.load(cu_seqlens_q_ptr + seq + 1) - first_token) * GROUP
-    if (num_rows > GROUP) & (tile * BLOCK_M < num_rows):
+    if (num_rows >= min_queries * GROUP) & (tile * BLOCK_M < num_rows):
         context_len = tl.load(context_lens_ptr + seq)
         row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         q, offsets, mask = _load_queries(q_ptr, first_token, row, row < num_rows, kv_head, GROUP, HEAD_DIM, BLOCK_D)
@@ -133,7 +138,8 @@ def prefill_kernel(
             HEAD_DIM,
             BLOCK_N,
         )
-        tl.store(out_ptr + offsets, (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
+        out = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+        tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -17,19 +17,19 @@ was matched so far: a collision of hashes costs a miss, never a wrong answer.
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable
-from collections.abc import Sequence as TokenIds
 
 import xxhash
 
 from nanovllm.engine.sequence import Sequence
 
-HashFunction = Callable[[int, TokenIds[int]], int]
+HashFunction = Callable[[int, "array[int]"], int]
 ROOT = 0  # the hash, and the prefix id, of the empty prefix
+NO_TOKENS = array("i")
 
 
-def hash_block(parent_hash: int, token_ids: TokenIds[int]) -> int:
-    """The chained hash of a full block: xxh64 over the hash of the block before it and its token ids."""
-    return xxhash.xxh64_intdigest(array("Q", [parent_hash, *token_ids]).tobytes())
+def hash_block(parent_hash: int, token_ids: "array[int]") -> int:
+    """The chained hash of a full block: xxh64 of its token ids, seeded with the hash of the block before it."""
+    return xxhash.xxh64_intdigest(token_ids, parent_hash)
 
 
 class Block:
@@ -49,7 +49,7 @@ class Block:
     def forget(self) -> None:
         """Become blank."""
         self.block_hash: int | None = None  # set while the prefix cache finds this block by it
-        self.token_ids: list[int] = []
+        self.token_ids = NO_TOKENS
         self.parent_id = ROOT
         self.prefix_id = ROOT
 
@@ -186,7 +186,7 @@ class BlockManager:
             self._publish_block(block, seq.block_hashes[index], self._tokens_of(seq, index), parent_id)
         seq.num_published_blocks = num_full_blocks
 
-    def _publish_block(self, block: Block, block_hash: int, token_ids: list[int], parent_id: int) -> None:
+    def _publish_block(self, block: Block, block_hash: int, token_ids: "array[int]", parent_id: int) -> None:
         self._stop_computing(block_hash, block)
         block.token_ids, block.parent_id = token_ids, parent_id
         known = self._published.get(block_hash)
@@ -216,5 +216,5 @@ class BlockManager:
         for index in range(len(hashes), len(seq) // self.block_size):
             hashes.append(self._hash_function(hashes[-1] if hashes else ROOT, self._tokens_of(seq, index)))
 
-    def _tokens_of(self, seq: Sequence, index: int) -> list[int]:
+    def _tokens_of(self, seq: Sequence, index: int) -> "array[int]":
         return seq.token_ids[index * self.block_size : (index + 1) * self.block_size]

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.model_runner import ModelRunner, StepOutput
-from nanovllm.engine.scheduler import ScheduledBatch
+from nanovllm.engine.scheduled_batch import ScheduledBatch
 from nanovllm.models.config import ModelConfig
 from nanovllm.utils.ranks import Ranks
 

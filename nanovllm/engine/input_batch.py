@@ -5,14 +5,13 @@ by increments; the inputs of a step are then a few array operations, whatever mi
 Nothing needs to be undone when a sequence ends: its row is overwritten by the next that is given it.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nanovllm.engine.sampling_state import NO_LOGPROBS, SamplingOptions, SamplingState
-from nanovllm.engine.scheduler import ScheduledBatch, StartedSequence
+from nanovllm.engine.scheduled_batch import ScheduledBatch, StartedSequence
 
 Int32Array = NDArray[np.int32]
 Int64Array = NDArray[np.int64]
@@ -28,8 +27,7 @@ class PromptTargets(NamedTuple):
     token_ids: Int64Array  # [num_targets]
 
 
-@dataclass(frozen=True, slots=True)
-class StepInputs:
+class StepInputs(NamedTuple):
     """The inputs of one step, as arrays. See `AttentionMetadata` for those that go there."""
 
     input_ids: Int64Array  # [num_tokens]
@@ -76,6 +74,18 @@ def placeholder_inputs(seqlens_q: list[int], context_len: int, max_blocks: int) 
     )
 
 
+class _Tokens(NamedTuple):
+    """The tokens of a step; see `StepInputs`."""
+
+    input_ids: Int64Array
+    positions: Int64Array
+    slot_mapping: Int64Array
+    cu_seqlens_q: Int32Array
+    max_seqlen_q: int
+    sampled_rows: Int64Array
+    logits_indices: Int64Array
+
+
 class InputBatch:
     """The rows of the running sequences.
 
@@ -89,17 +99,22 @@ class InputBatch:
         self.block_size = block_size
         self.max_num_seqs = max_num_seqs
         self.max_blocks = -(-max_model_len // block_size)  # of one sequence
+        # Prompts, and what was generated until the sequence started; what comes after, only of rows that are edited. (Rows
+        # lie far apart in memory: writing a token to each takes longer than all the rest of `append`.)
         # One column more: the token that ends a sequence at max_model_len needs no place, but is written with the others.
         self.token_ids = np.zeros((max_num_seqs, max_model_len + 1), np.int32)
+        self.last_token_ids = np.zeros(max_num_seqs, np.int64)
         self.block_tables = np.zeros((max_num_seqs, self.max_blocks), np.int32)
         self.num_blocks = np.zeros(max_num_seqs, np.int32)
+        self.slot_offsets = np.zeros(max_num_seqs, np.int64)  # from a position in the last block to its slot
         self.num_tokens = np.zeros(max_num_seqs, np.int64)
         self.num_prompt_tokens = np.zeros(max_num_seqs, np.int64)
         self.num_computed_tokens = np.zeros(max_num_seqs, np.int64)
         self.num_prompt_logprobs = np.full(max_num_seqs, NO_LOGPROBS, np.int64)
         self.seq_ids = np.zeros(max_num_seqs, np.int64)
         self.sampling = SamplingState(max_num_seqs)
-        self._counts = np.arange(1, max_num_seqs + 1)
+        self._indices = np.arange(max_num_seqs)
+        self._cu_seqlens = np.arange(max_num_seqs + 1, dtype=np.int32)  # of queries of one token
 
     def apply(self, batch: ScheduledBatch) -> StepInputs:
         """Take in what changed, and make the inputs of the step."""
@@ -108,20 +123,26 @@ class InputBatch:
         for row, block_id in batch.new_blocks:
             self.block_tables[row, self.num_blocks[row]] = block_id
             self.num_blocks[row] += 1
+            self._find_last_block(row)
         return self._make_inputs(batch)
 
     def append(self, rows: Int64Array, token_ids: Int64Array) -> None:
         """Add one sampled token to each of the sequences in `rows`."""
         lengths = self.num_tokens[rows]
-        self.token_ids.reshape(-1)[rows * self.token_ids.shape[1] + lengths] = token_ids
         self.num_tokens[rows] = lengths + 1
+        self.last_token_ids[rows] = token_ids
+        edited = self.sampling.is_edited[rows]
+        if np.count_nonzero(edited):
+            self.token_ids[rows[edited], lengths[edited]] = token_ids[edited]
 
     def _start(self, started: StartedSequence) -> None:
         row = started.row
         self.seq_ids[row] = started.seq_id
         self.token_ids[row, : len(started.token_ids)] = started.token_ids
+        self.last_token_ids[row] = started.token_ids[-1]
         self.block_tables[row, : len(started.block_table)] = started.block_table
         self.num_blocks[row] = len(started.block_table)
+        self._find_last_block(row)
         self.num_tokens[row] = len(started.token_ids)
         self.num_prompt_tokens[row] = started.num_prompt_tokens
         self.num_computed_tokens[row] = started.num_computed_tokens
@@ -129,41 +150,66 @@ class InputBatch:
         self.num_prompt_logprobs[row] = NO_LOGPROBS if wanted is None else wanted
         self.sampling.start(started)
 
+    def _find_last_block(self, row: int) -> None:
+        last = int(self.num_blocks[row]) - 1
+        self.slot_offsets[row] = (int(self.block_tables[row, last]) - last) * self.block_size
+
     def _make_inputs(self, batch: ScheduledBatch) -> StepInputs:
-        rows, seqlens_q = batch.rows, batch.num_tokens
+        rows = batch.rows
         begin = self.num_computed_tokens[rows]
-        end = begin + seqlens_q  # the context after this step
+        end = begin + batch.num_tokens  # the context after this step
         self.num_computed_tokens[rows] = end
-        max_seqlen_q, max_context_len = int(seqlens_q.max()), int(end.max())
-        # For each token of the step: the sequence it belongs to, and its position there.
-        if max_seqlen_q == 1:
-            ends, owner, positions = self._counts[: len(rows)], rows, begin
-        else:
-            ends, owner = np.cumsum(seqlens_q), np.repeat(rows, seqlens_q)
-            positions = np.arange(ends[-1]) + np.repeat(end - ends, seqlens_q)
-        cu_seqlens_q = np.zeros(len(rows) + 1, np.int32)
-        cu_seqlens_q[1:] = ends
-        block = positions // self.block_size
-        offset = positions - block * self.block_size
-        width = -(-max_context_len // self.block_size)
-        sampled = (end == self.num_tokens[rows]).nonzero()[0]
-        sampled_rows = rows[sampled]
-        sampled_lengths = self.num_tokens[sampled_rows]
+        tokens = self._last_tokens(rows, begin) if batch.is_decode else self._chunks(rows, begin, end)
+        sampled_rows, max_context_len = tokens.sampled_rows, int(end.max())
         return StepInputs(
-            input_ids=_gather(self.token_ids, owner, positions).astype(np.int64),
-            positions=positions,
-            slot_mapping=_gather(self.block_tables, owner, block).astype(np.int64) * self.block_size + offset,
-            cu_seqlens_q=cu_seqlens_q,
+            input_ids=tokens.input_ids,
+            positions=tokens.positions,
+            slot_mapping=tokens.slot_mapping,
+            cu_seqlens_q=tokens.cu_seqlens_q,
             context_lens=end.astype(np.int32),
-            block_tables=self.block_tables[:, :width].take(rows, axis=0),  # faster than indexing both at once
-            max_seqlen_q=max_seqlen_q,
+            block_tables=self.block_tables.take(rows, axis=0)[:, : -(-max_context_len // self.block_size)],
+            max_seqlen_q=tokens.max_seqlen_q,
             max_context_len=max_context_len,
             sampled_rows=sampled_rows,
-            logits_indices=ends[sampled] - 1,
+            logits_indices=tokens.logits_indices,
             temperatures=self.sampling.temperatures[sampled_rows],
-            uniforms=self.sampling.uniforms(sampled_rows, sampled_lengths),
-            sampling_options=self.sampling.options(sampled_rows, sampled_lengths, self.token_ids),
-            prompt_targets=self._prompt_targets(rows, begin, end, cu_seqlens_q) if batch.num_prefill_tokens else (),
+            uniforms=self.sampling.draw(sampled_rows),
+            sampling_options=self.sampling.options(sampled_rows, self.num_tokens, self.token_ids),
+            prompt_targets=() if batch.is_decode else self._prompt_targets(rows, begin, end, tokens.cu_seqlens_q),
+        )
+
+    def _last_tokens(self, rows: Int64Array, positions: Int64Array) -> "_Tokens":
+        """A step in which each sequence computes its last token."""
+        return _Tokens(
+            input_ids=self.last_token_ids[rows],
+            positions=positions,
+            slot_mapping=positions + self.slot_offsets[rows],
+            cu_seqlens_q=self._cu_seqlens[: len(rows) + 1],
+            max_seqlen_q=1,
+            sampled_rows=rows,
+            logits_indices=self._indices[: len(rows)],
+        )
+
+    def _chunks(self, rows: Int64Array, begin: Int64Array, end: Int64Array) -> "_Tokens":
+        """A step in which each sequence computes the tokens from `begin` to `end`."""
+        lengths = end - begin
+        ends = lengths.cumsum()
+        # For each token of the step: the sequence it belongs to, and its position there.
+        owner = rows.repeat(lengths)
+        positions = np.arange(ends[-1]) + (end - ends).repeat(lengths)
+        block, offset = np.divmod(positions, self.block_size)
+        sampled = (end == self.num_tokens[rows]).nonzero()[0]
+        logits_indices = ends[sampled] - 1
+        input_ids = self.token_ids[owner, positions].astype(np.int64)
+        input_ids[logits_indices] = self.last_token_ids[rows[sampled]]
+        return _Tokens(
+            input_ids=input_ids,
+            positions=positions,
+            slot_mapping=self.block_tables[owner, block].astype(np.int64) * self.block_size + offset,
+            cu_seqlens_q=np.append(0, ends).astype(np.int32),
+            max_seqlen_q=int(lengths.max()),
+            sampled_rows=rows[sampled],
+            logits_indices=logits_indices,
         )
 
     def _prompt_targets(
@@ -183,8 +229,3 @@ class InputBatch:
                 )
             )
         return tuple(targets)
-
-
-def _gather(table: Int32Array, rows: Int64Array, columns: Int64Array) -> Int32Array:
-    """`table[rows, columns]` of a contiguous table, in half the time."""
-    return table.reshape(-1)[rows * table.shape[1] + columns]

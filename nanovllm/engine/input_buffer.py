@@ -23,8 +23,7 @@ MAX_LAYOUTS = 128  # that are remembered: more than there are graphs
 Array = TypeVar("Array")
 
 
-@dataclass(frozen=True, slots=True)
-class StepTensors:
+class StepTensors(NamedTuple):
     """The inputs of one step on the device."""
 
     input_ids: Tensor  # int64 [num_tokens]

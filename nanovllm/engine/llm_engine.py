@@ -218,13 +218,12 @@ class LLMEngine:
                 raise ValueError(f"{option} of {name} has token {wrong[0]}; the vocabulary is 0 to {last}")
         if params.stop and self.tokenizer is None:
             raise ValueError(f"{name} has stop strings, but the checkpoint has no tokenizer: use stop_token_ids")
-        if params.allowed_token_ids is not None and params.min_tokens > 0:
-            ends = {*params.stop_token_ids, *(() if params.ignore_eos else self.scheduler.eos_token_ids.tolist())}
-            if ends.issuperset(params.allowed_token_ids):
-                raise ValueError(
-                    f"{name} has allowed_token_ids that all end the output, but min_tokens={params.min_tokens}: "
-                    f"nothing could be sampled. Allow another token or lower min_tokens"
-                )
+        ends = self.scheduler.stop_token_ids(params)
+        if params.min_tokens > 0 and params.allowed_token_ids is not None and ends.issuperset(params.allowed_token_ids):
+            raise ValueError(
+                f"{name} has allowed_token_ids that all end the output, but min_tokens={params.min_tokens}: "
+                f"nothing could be sampled. Allow another token or lower min_tokens"
+            )
 
     def _check_length(self, name: str, num_prompt_tokens: int, params: SamplingParams) -> None:
         if num_prompt_tokens >= self.max_model_len:

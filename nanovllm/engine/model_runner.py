@@ -16,15 +16,18 @@ from nanovllm.engine.cuda_graph import Capture, CudaCapture, DecodeGraphs, Run, 
 from nanovllm.engine.input_batch import InputBatch, StepInputs, placeholder_inputs
 from nanovllm.engine.input_buffer import InputBuffer, StepTensors
 from nanovllm.engine.kv_cache import allocate_kv_cache, decide_num_blocks
-from nanovllm.engine.scheduler import ScheduledBatch
+from nanovllm.engine.scheduled_batch import ScheduledBatch
+from nanovllm.layers.cpu_layers import fuse_layers
+from nanovllm.layers.fixed_rows import fix_rows
 from nanovllm.layers.logits_processors import edit_logits
 from nanovllm.layers.logprobs import Logprobs, compute_logprobs, compute_prompt_logprobs
 from nanovllm.layers.packed_weight import pack_weights
-from nanovllm.layers.sampler import sample
+from nanovllm.layers.sampler import Sampler
 from nanovllm.models import get_model_class
 from nanovllm.models.config import ModelConfig
 from nanovllm.utils.compile import compile_layers
 from nanovllm.utils.context import ForwardContext, forward_context
+from nanovllm.utils.cpu_build import load_kernels
 from nanovllm.utils.device import choose_device, choose_dtype
 from nanovllm.utils.loader import load_weights, materialize
 from nanovllm.utils.ranks import Ranks
@@ -73,8 +76,12 @@ class ModelRunner:
         load_weights(model, folder, ranks)
         pack_weights(model)
         self.model = model.to(self.device).eval()  # the tables of the rotary embedding are still to be moved
-        if self.device.type == "cuda" and not config.enforce_eager:
+        self.sampler = Sampler()
+        if config.batch_invariant:
+            fix_rows(self.model)
+        elif self.device.type == "cuda" and not config.enforce_eager:
             compile_layers(self.model)
+            compile_layers(self.sampler)
 
         def make_spec(backend: type[AttentionBackend]) -> AttentionSpec:
             return AttentionSpec(
@@ -84,9 +91,12 @@ class ModelRunner:
                 block_size=config.kvcache_block_size or backend.DEFAULT_BLOCK_SIZE,
                 dtype=self.dtype,
                 device=self.device,
+                batch_invariant=config.batch_invariant,
             )
 
         self.backend = choose_backend(config.attention_backend, make_spec)
+        if self.backend.HAS_LAYER_KERNELS:
+            fuse_layers(self.model, load_kernels())
         self.block_size = self.backend.spec.block_size
         self.max_model_len = max_model_len
         self.max_num_batched_tokens = config.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[self.device.type]
@@ -135,7 +145,7 @@ class ModelRunner:
         if options is not None:
             filters = options.filters
             edited = logits if options.edits is None else edit_logits(logits, options.edits)
-        sampled = sample(edited, torch.from_numpy(inputs.temperatures), torch.from_numpy(inputs.uniforms), filters)
+        sampled = self.sampler(edited, torch.from_numpy(inputs.temperatures), torch.from_numpy(inputs.uniforms), filters)
         token_ids: NDArray[np.int64] = sampled.numpy()
         if token_ids.min() < 0:
             seq_id = self.input_batch.seq_ids[inputs.sampled_rows[token_ids.argmin()]]
@@ -194,7 +204,7 @@ class ModelRunner:
             inputs = placeholder_inputs(seqlens_q, self.max_model_len, self.input_batch.max_blocks)
             step = self.input_buffer.upload(inputs)
             logits = self.model.compute_logits(self._forward(step)[step.logits_indices])
-            sample(logits, torch.from_numpy(inputs.temperatures), torch.from_numpy(inputs.uniforms))
+            self.sampler(logits, torch.from_numpy(inputs.temperatures), torch.from_numpy(inputs.uniforms))
             self._wait()  # the input buffer is used again
 
     @torch.inference_mode()

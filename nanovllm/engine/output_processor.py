@@ -15,6 +15,8 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.layers.logprobs import Logprobs
 from nanovllm.outputs import CompletionOutput, PositionLogprobs, RequestOutput, SeveralCompletions, StreamEvent, TokenLogprob
 
+Entries = list[tuple[int, float, int]]  # (token, logprob, rank) of the best tokens at one position
+
 
 class OutputProcessor:
     """Follows the running requests' outputs.
@@ -75,12 +77,14 @@ class OutputProcessor:
         assert seq.detokenizer is not None, f"request {seq.seq_id} does not stream"
         if seq.finish_reason == "abort":
             seq.detokenizer.finish()
+        new_logprobs = seq.logprobs[num_known:]
         return StreamEvent(
             index=seq.prompt_index,
             completion=seq.completion_index,
             request_id=seq.seq_id,
             text=seq.detokenizer.take(),
-            token_ids=seq.token_ids[seq.num_prompt_tokens + num_known :],
+            token_ids=seq.token_ids[seq.num_prompt_tokens + num_known :].tolist(),
+            logprobs=_name_all(seq, new_logprobs, self._token_names(new_logprobs)),
             finish_reason=seq.finish_reason,
             stop_reason=seq.stop_reason,
         )
@@ -88,7 +92,8 @@ class OutputProcessor:
     def make_outputs(self, sequences: Items[Sequence]) -> list[RequestOutput]:
         """One output a prompt, of finished sequences, the completions of each prompt together and in order."""
         texts = self._decode_all(sequences)
-        names = self._token_names(sequences)
+        named = (position for seq in sequences for position in (*seq.logprobs, *seq.prompt_logprobs.values()))
+        names = self._token_names(named)
         completions = [_make_completion(seq, texts[seq.seq_id], names) for seq in sequences]
         outputs: list[RequestOutput] = []
         for seq, completion in zip(sequences, completions, strict=True):
@@ -127,12 +132,9 @@ class OutputProcessor:
                 texts.update(zip((seq.seq_id for seq in batch), decoded, strict=True))
         return texts
 
-    def _token_names(self, sequences: Items[Sequence]) -> dict[int, str]:
+    def _token_names(self, positions: Iterable[Entries]) -> dict[int, str]:
         """The text of each token that occurs in log-probabilities, each decoded once."""
-        token_ids: set[int] = set()
-        for seq in sequences:
-            for position in (*seq.logprobs, *seq.prompt_logprobs.values()):
-                token_ids.update(token_id for token_id, _, _ in position)
+        token_ids = {token_id for position in positions for token_id, _, _ in position}
         return {token_id: decode(self.tokenizer, [token_id], skip_special_tokens=False) for token_id in token_ids}
 
 
@@ -147,7 +149,7 @@ def _detokenize(seq: Sequence) -> bool:
     return detokenizer.stop_string is not None
 
 
-def _entries(logprobs: Logprobs, row: int, k: int) -> list[tuple[int, float, int]]:
+def _entries(logprobs: Logprobs, row: int, k: int) -> Entries:
     """(token, logprob, rank) of the k best and of the chosen one if it is not among them."""
     best = zip(logprobs.token_ids[row, :k].tolist(), logprobs.logprobs[row, :k].tolist(), strict=True)
     entries = [(token_id, logprob, rank) for rank, (token_id, logprob) in enumerate(best, start=1)]
@@ -157,11 +159,15 @@ def _entries(logprobs: Logprobs, row: int, k: int) -> list[tuple[int, float, int
     return entries
 
 
-def _name(entries: list[tuple[int, float, int]], names: Mapping[int, str]) -> PositionLogprobs:
+def _name(entries: Entries, names: Mapping[int, str]) -> PositionLogprobs:
     return [
         TokenLogprob(token_id=token_id, token=names[token_id], logprob=logprob, rank=rank)
         for token_id, logprob, rank in entries
     ]
+
+
+def _name_all(seq: Sequence, positions: Iterable[Entries], names: Mapping[int, str]) -> list[PositionLogprobs] | None:
+    return None if seq.sampling_params.logprobs is None else [_name(one, names) for one in positions]
 
 
 def _make_completion(seq: Sequence, text: str, names: Mapping[int, str]) -> CompletionOutput:
@@ -171,5 +177,5 @@ def _make_completion(seq: Sequence, text: str, names: Mapping[int, str]) -> Comp
         token_ids=seq.completion_token_ids,
         finish_reason=seq.finish_reason,
         stop_reason=seq.stop_reason,
-        logprobs=None if seq.sampling_params.logprobs is None else [_name(one, names) for one in seq.logprobs],
+        logprobs=_name_all(seq, seq.logprobs, names),
     )

@@ -15,7 +15,7 @@ import torch
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.model_runner import NO_TOKENS, ModelRunner, StepOutput
-from nanovllm.engine.scheduler import ScheduledBatch
+from nanovllm.engine.scheduled_batch import ScheduledBatch
 from nanovllm.engine.workers import GRACE, Job, Step, WorkerError, Workers
 from nanovllm.models.config import ModelConfig
 from nanovllm.utils.collectives import PeerLostError

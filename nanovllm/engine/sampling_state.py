@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from nanovllm.engine.scheduler import StartedSequence
+from nanovllm.engine.scheduled_batch import StartedSequence
 from nanovllm.layers.logits_processors import Entries, LogitsEdits
-from nanovllm.layers.sampler import Filters, start_stream, uniform_of
+from nanovllm.layers.random_numbers import STEP, start_states, uniform_of
+from nanovllm.layers.sampler import Filters
 from nanovllm.sampling_params import SamplingParams
 
 Int64Array = NDArray[np.int64]
@@ -38,7 +39,7 @@ class SamplingState:
 
     def __init__(self, max_num_seqs: int) -> None:
         self.temperatures = np.zeros(max_num_seqs, np.float32)
-        self.streams = np.zeros(max_num_seqs, np.uint64)  # of random numbers, by the seed of each
+        self.random_states = np.zeros(max_num_seqs, np.uint64)  # of which the next token's number is made
         self.top_k = np.zeros(max_num_seqs, np.int64)
         self.top_p = np.ones(max_num_seqs, np.float32)
         self.min_p = np.zeros(max_num_seqs, np.float32)
@@ -52,7 +53,8 @@ class SamplingState:
         """Take in the settings of a sequence that joins."""
         row, params = started.row, started.sampling_params
         self.temperatures[row] = params.temperature
-        self.streams[row] = start_stream(np.uint64(started.seed))[0]
+        index = len(started.token_ids) - started.num_prompt_tokens  # of the next output token
+        self.random_states[row] = start_states(np.array([started.seed], np.uint64), np.array([index], np.uint64))[0]
         self.top_k[row] = params.top_k
         self.top_p[row] = params.top_p
         self.min_p[row] = params.min_p
@@ -69,19 +71,21 @@ class SamplingState:
         filters = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
         self.has_options[row] = edits or filters or params.logprobs is not None
 
-    def uniforms(self, rows: Int64Array, num_tokens: Int64Array) -> NDArray[np.float32]:
-        """The numbers that pick the next tokens of `rows`, whose lengths are `num_tokens`."""
-        return uniform_of(self.streams[rows], (num_tokens - self.num_prompt_tokens[rows]).astype(np.uint64))
+    def draw(self, rows: Int64Array) -> NDArray[np.float32]:
+        """The numbers that pick the next tokens of `rows`. To be called once a token."""
+        states = self.random_states[rows]
+        self.random_states[rows] = states + STEP
+        return uniform_of(states)
 
     def options(self, rows: Int64Array, num_tokens: Int64Array, token_ids: NDArray[np.int32]) -> SamplingOptions | None:
         """What `rows` ask for in this step.
 
         Args:
             rows: [num_sampled].
-            num_tokens: [num_sampled], prompt and output so far.
-            token_ids: [max_num_seqs, max_model_len], of all rows.
+            num_tokens: [max_num_seqs], prompt and output so far of all rows.
+            token_ids: [max_num_seqs, max_model_len], of all rows that are edited.
         """
-        if not self.has_options[rows].any():
+        if not np.count_nonzero(self.has_options[rows]):  # a third of the time of `any`
             return None
         top_k, top_p, min_p = self.top_k[rows], self.top_p[rows], self.min_p[rows]
         filters = None
@@ -91,7 +95,7 @@ class SamplingState:
         edits = _Collector()
         for index in np.flatnonzero(self.is_edited[rows]).tolist():
             row = int(rows[index])
-            edits.add(index, *self._edited[row], token_ids[row, : num_tokens[index]], int(self.num_prompt_tokens[row]))
+            edits.add(index, *self._edited[row], token_ids[row, : num_tokens[row]], int(self.num_prompt_tokens[row]))
         return SamplingOptions(
             filters=filters,
             edits=edits.collect(),

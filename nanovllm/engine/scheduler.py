@@ -13,45 +13,16 @@ to all sequences in every step is done on the arrays; Python loops only over tho
 
 import time
 from collections import deque
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.scheduled_batch import IntArray, ScheduledBatch, StartedSequence
 from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import FinishReason
 from nanovllm.sampling_params import SamplingParams
-
-IntArray = NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True)
-class StartedSequence:
-    """A sequence that joins the running ones: all that a model runner needs to know of it."""
-
-    row: int  # what was in this row before has ended
-    seq_id: int
-    token_ids: tuple[int, ...]  # prompt and, after a preemption, output so far
-    num_prompt_tokens: int
-    num_computed_tokens: int  # found in the prefix cache
-    block_table: tuple[int, ...]
-    sampling_params: SamplingParams
-    seed: int
-    stop_token_ids: tuple[int, ...] = ()  # what min_tokens forbids at first
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ScheduledBatch:
-    """One step, as increments to what the model runners know already. To be applied in this order."""
-
-    started: tuple[StartedSequence, ...]
-    new_blocks: tuple[tuple[int, int], ...]  # (row of a sequence that goes on, block appended to its table)
-    rows: IntArray  # [num_seqs]: the batch, in order of arrival
-    num_tokens: IntArray  # [num_seqs]: tokens to compute of each, at least 1
-    num_prefill_tokens: int  # of these, tokens of prompts and of sequences that start again
-    num_decode_tokens: int  # and the others, one for each sequence that decodes
 
 
 class Scheduler:
@@ -74,16 +45,16 @@ class Scheduler:
         self.block_manager = block_manager
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.eos_token_ids = np.array(sorted(eos_token_ids), np.int64)
+        self.eos_token_ids = frozenset(eos_token_ids)
         self.num_preemptions = 0
         # By row:
         self.num_tokens = np.zeros(max_num_seqs, np.int64)  # prompt and output
         self.num_computed_tokens = np.zeros(max_num_seqs, np.int64)  # of these, whose K and V are in the cache
-        self.num_prompt_tokens = np.zeros(max_num_seqs, np.int64)
-        self.max_total_tokens = np.zeros(max_num_seqs, np.int64)
+        self.next_full_block = np.zeros(max_num_seqs, np.int64)  # as many computed tokens will fill the next block
         self.capacity = np.zeros(max_num_seqs, np.int64)  # tokens that the sequence's blocks can hold
-        self.ends_at_eos = np.zeros(max_num_seqs, np.bool_)
-        self.ends_at_others = np.zeros(max_num_seqs, np.bool_)  # at stop_token_ids of its own
+        self.max_total_tokens = np.zeros(max_num_seqs, np.int64)
+        self.in_prefill = np.zeros(max_num_seqs, np.bool_)  # no token was sampled since it started, or started again
+        self._stop_token_ids = set(eos_token_ids)  # of all requests so far
         self.reset()
 
     def reset(self) -> None:
@@ -106,38 +77,39 @@ class Scheduler:
 
     def schedule(self) -> ScheduledBatch:
         """Choose the next batch. At least one sequence must be waiting or running."""
-        num_tokens = self._share(self._rows, self.max_num_batched_tokens)
+        budget = self.max_num_batched_tokens
+        num_tokens = self._share(self._rows, budget)
         new_blocks = self._make_room(num_tokens)
         started: list[StartedSequence] = []
         # One that was just preempted would fit again at once, only to be preempted again.
         preempted = len(self.running) < len(num_tokens)
         num_tokens = num_tokens[: len(self.running)]
-        budget = self.max_num_batched_tokens - int(num_tokens.sum())
-        if self.waiting and budget and not preempted:
-            started = self._admit(budget)
+        total = int(num_tokens.sum())
+        if self.waiting and not preempted and total < budget:
+            started = self._admit(budget - total)
         if started:
-            num_tokens = np.append(num_tokens, self._share(self._rows[len(num_tokens) :], budget))
+            num_tokens = np.append(num_tokens, self._share(self._rows[len(num_tokens) :], budget - total))
             num_tokens = num_tokens[self._sort_running()]
+            total = int(num_tokens.sum())
         # Where the budget is used up the newest get nothing: the batch is a prefix of the running ones.
-        size = int(np.count_nonzero(num_tokens))
+        size = len(num_tokens) if total < budget else int(np.count_nonzero(num_tokens))
         assert size, "nothing can run: a request was added that the KV cache cannot hold"
-        rows, num_tokens = self._rows[:size], num_tokens[:size]
-        left = self.num_tokens[rows] - self.num_computed_tokens[rows]
-        num_decode = int(np.count_nonzero((left == 1) & (self.num_tokens[rows] > self.num_prompt_tokens[rows])))
+        rows = self._rows[:size]
+        num_decode = size - int(np.count_nonzero(self.in_prefill[rows]))
         return ScheduledBatch(
             started=tuple(started),
             new_blocks=tuple(new_blocks),
             rows=rows,
-            num_tokens=num_tokens,
-            num_prefill_tokens=int(num_tokens.sum()) - num_decode,
+            num_tokens=num_tokens[:size],
+            num_prefill_tokens=total - num_decode,
             num_decode_tokens=num_decode,
         )
 
     def _share(self, rows: IntArray, budget: int) -> IntArray:
         """[len(rows)]: how many tokens of each to compute, the first of them first, until the budget is used up."""
         left: IntArray = self.num_tokens[rows] - self.num_computed_tokens[rows]
-        if left.sum() <= budget:
-            return left
+        if len(left) <= budget and not np.count_nonzero(self.in_prefill[rows]):
+            return left  # one of each
         return np.clip(budget - (np.cumsum(left) - left), 0, left)
 
     def _make_room(self, num_tokens: IntArray) -> list[tuple[int, int]]:
@@ -146,8 +118,9 @@ class Scheduler:
         num_tokens: [len(running)], to compute of each.
         """
         new_blocks: list[tuple[int, int]] = []
-        full = (num_tokens > 0) & (self.num_tokens[self._rows] > self.capacity[self._rows])
-        for position in full.nonzero()[0].tolist():
+        for position in (self.num_tokens[self._rows] > self.capacity[self._rows]).nonzero()[0].tolist():
+            if num_tokens[position] == 0:
+                break  # nor will those after it run
             while position < len(self.running) and self.block_manager.num_free_blocks == 0:
                 self._preempt_newest()
             if position >= len(self.running):
@@ -195,30 +168,29 @@ class Scheduler:
     def _start(self, seq: Sequence, num_computed_tokens: int) -> StartedSequence:
         if seq.num_cached_tokens is None:
             seq.num_cached_tokens = num_computed_tokens
-        row = self._free_rows.pop()
+        row, block_size, params = self._free_rows.pop(), self.block_manager.block_size, seq.sampling_params
         self.num_tokens[row] = len(seq)
         self.num_computed_tokens[row] = num_computed_tokens
-        self.num_prompt_tokens[row] = seq.num_prompt_tokens
+        self.next_full_block[row] = num_computed_tokens + block_size  # only full blocks are found
+        self.capacity[row] = len(seq.block_table) * block_size
         self.max_total_tokens[row] = seq.max_total_tokens
-        self.capacity[row] = len(seq.block_table) * self.block_manager.block_size
-        params = seq.sampling_params
-        self.ends_at_eos[row] = not params.ignore_eos
-        self.ends_at_others[row] = bool(params.stop_token_ids)
+        self.in_prefill[row] = True
+        self._stop_token_ids.update(params.stop_token_ids)
         return StartedSequence(
             row=row,
             seq_id=seq.seq_id,
-            token_ids=tuple(seq.token_ids),
+            token_ids=seq.token_ids[:],
             num_prompt_tokens=seq.num_prompt_tokens,
             num_computed_tokens=num_computed_tokens,
             block_table=tuple(seq.block_table),
             sampling_params=params,
             seed=seq.seed,
-            stop_token_ids=self._stop_token_ids(seq) if params.min_tokens else (),
+            stop_token_ids=tuple(sorted(self.stop_token_ids(params))) if params.min_tokens else (),
         )
 
-    def _stop_token_ids(self, seq: Sequence) -> tuple[int, ...]:
-        eos = () if seq.sampling_params.ignore_eos else self.eos_token_ids.tolist()
-        return tuple(sorted({*eos, *seq.sampling_params.stop_token_ids}))
+    def stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
+        """The tokens that end a sequence with these parameters."""
+        return frozenset(params.stop_token_ids) if params.ignore_eos else self.eos_token_ids.union(params.stop_token_ids)
 
     def _sort_running(self) -> list[int]:
         """Restore the order of arrival: one that had been passed over may be older than some that run.
@@ -243,50 +215,53 @@ class Scheduler:
         Returns:
             The sequences that finished, their blocks freed.
         """
-        rows, block_size = batch.rows, self.block_manager.block_size
-        before = self.num_computed_tokens[rows]
-        computed = before + batch.num_tokens
+        rows = batch.rows
+        sequences = self.sampled_sequences(batch)
+        assert len(sequences) == len(token_ids), "as many tokens are sampled as sequences had their last token computed"
+        computed = self.num_computed_tokens[rows] + batch.num_tokens
         self.num_computed_tokens[rows] = computed
         # Positions in the batch are positions in `running`, of which it is a prefix.
-        for position in (computed // block_size > before // block_size).nonzero()[0].tolist():
-            self.block_manager.publish(self.running[position], int(computed[position]))
-        sampled = (computed == self.num_tokens[rows]).nonzero()[0]
-        assert len(sampled) == len(token_ids), "as many tokens are sampled as sequences had their last token computed"
-        running = self.running
-        for position, token_id in zip(sampled.tolist(), token_ids.tolist(), strict=True):
-            running[position].token_ids.append(token_id)
-        if batch.num_prefill_tokens:
-            for position in sampled[self.num_tokens[rows[sampled]] == self.num_prompt_tokens[rows[sampled]]].tolist():
-                running[position].first_token_time = time.perf_counter()
-        return self._finish(sampled, rows[sampled], token_ids)
+        for position in (computed >= self.next_full_block[rows]).nonzero()[0].tolist():
+            self._publish(position)
+        if not batch.is_decode:
+            rows = rows[computed == self.num_tokens[rows]]
+            self.in_prefill[rows] = False
+            _note_first_token(sequences)
+        sampled = token_ids.tolist()
+        for seq, token_id in zip(sequences, sampled, strict=True):
+            seq.token_ids.append(token_id)
+        return self._finish(sequences, rows, sampled)
 
     def sampled_sequences(self, batch: ScheduledBatch) -> list[Sequence]:
         """Those whose last token is in the batch, in its order. To be called before `update`."""
+        if batch.is_decode:
+            return self.running[: len(batch.rows)]
         computed = self.num_computed_tokens[batch.rows] + batch.num_tokens
         return [self.running[position] for position in np.flatnonzero(computed == self.num_tokens[batch.rows])]
 
-    def _finish(self, positions: IntArray, rows: IntArray, token_ids: NDArray[np.integer]) -> list[Sequence]:
-        """End the sequences that sampled `token_ids` and are through."""
+    def _publish(self, position: int) -> None:
+        row, block_size = self._rows[position], self.block_manager.block_size
+        num_computed_tokens = int(self.num_computed_tokens[row])
+        self.block_manager.publish(self.running[position], num_computed_tokens)
+        self.next_full_block[row] = (num_computed_tokens // block_size + 1) * block_size
+
+    def _finish(self, sequences: list[Sequence], rows: IntArray, sampled: list[int]) -> list[Sequence]:
+        """End those of `sequences` that are through: each has just sampled a token."""
         num_tokens = self.num_tokens[rows] + 1
         self.num_tokens[rows] = num_tokens
-        stopped = np.zeros(len(rows), np.bool_)
-        for eos in self.eos_token_ids:  # one or two: `isin` would take ten times as long
-            stopped |= token_ids == eos
-        stopped &= self.ends_at_eos[rows]
-        if (others := self.ends_at_others[rows]).any():
-            for index in np.flatnonzero(others & ~stopped).tolist():
-                seq = self.running[positions[index]]
-                if token_ids[index] in seq.sampling_params.stop_token_ids:
-                    seq.stop_reason = int(token_ids[index])
-                    stopped[index] = True
-        ended = (stopped | (num_tokens >= self.max_total_tokens[rows])).nonzero()[0]
-        if len(ended) == 0:
-            return []
-        finished = [self.running[position] for position in positions[ended].tolist()]
-        for seq, at_token in zip(finished, stopped[ended].tolist(), strict=True):
-            seq.ended_at_stop_token = at_token
-            seq.finish_reason = "stop" if at_token else "length"
-        self._release(positions[ended])
+        ended = set((num_tokens >= self.max_total_tokens[rows]).nonzero()[0].tolist())
+        if not self._stop_token_ids.isdisjoint(sampled):
+            ended.update(index for index, token_id in enumerate(sampled) if token_id in self._stop_token_ids)
+        finished: list[Sequence] = []
+        for index in sorted(ended):
+            seq, token_id = sequences[index], sampled[index]
+            seq.ended_at_stop_token = token_id in self.stop_token_ids(seq.sampling_params)
+            if seq.ended_at_stop_token or len(seq) >= seq.max_total_tokens:
+                seq.finish_reason = "stop" if seq.ended_at_stop_token else "length"
+                ends_at_eos = token_id in self.eos_token_ids and not seq.sampling_params.ignore_eos
+                seq.stop_reason = token_id if seq.ended_at_stop_token and not ends_at_eos else None
+                finished.append(seq)
+        self._release(finished)
         return finished
 
     def end(self, sequences: Collection[Sequence], reason: FinishReason) -> None:
@@ -294,19 +269,27 @@ class Scheduler:
         for seq in sequences:
             assert seq.finish_reason is None, f"request {seq.seq_id} has ended before"
             seq.finish_reason = reason
-            seq.finish_time = time.perf_counter()
-        positions = [position for position, seq in enumerate(self.running) if seq.finish_reason is not None]
-        if positions:
-            self._release(np.array(positions, np.int64))
-        if any(seq.finish_reason is not None for seq in self.waiting):
+        num_running = len(self.running)
+        self._release(sequences)
+        if num_running - len(self.running) < len(sequences):  # some waited; looking for them takes a while
             self.waiting = deque(seq for seq in self.waiting if seq.finish_reason is None)
 
-    def _release(self, positions: IntArray) -> None:
-        """Take back blocks and rows of the running sequences at `positions`, which have a finish reason."""
-        for position in positions.tolist():
-            seq = self.running[position]
-            seq.finish_time = time.perf_counter()
+    def _release(self, ended: Collection[Sequence]) -> None:
+        """Take back blocks and rows of sequences that have a finish reason."""
+        if not ended:
+            return
+        now = time.perf_counter()
+        for seq in ended:
+            seq.finish_time = now
             self.block_manager.free(seq)
-        self._free_rows.extend(self._rows[positions].tolist())
-        self._rows = np.delete(self._rows, positions)
+        goes_on = np.array([seq.finish_reason is None for seq in self.running], np.bool_)
+        self._free_rows.extend(self._rows[~goes_on].tolist())
+        self._rows = self._rows[goes_on]
         self.running = [seq for seq in self.running if seq.finish_reason is None]
+
+
+def _note_first_token(sequences: Iterable[Sequence]) -> None:
+    now = time.perf_counter()
+    for seq in sequences:
+        if seq.first_token_time is None:
+            seq.first_token_time = now

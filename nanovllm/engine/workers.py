@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,14 +23,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nanovllm.engine.scheduler import ScheduledBatch
+from nanovllm.engine.scheduled_batch import ScheduledBatch
 from nanovllm.utils.collectives import Collectives
 from nanovllm.utils.interrupts import hold_interrupts
 from nanovllm.utils.mailbox import Mailbox, anonymous_file
 from nanovllm.utils.ranks import Ranks
 
 GRACE = 2.0  # seconds in which ranks that have lost another one, or are through with a step, say so
-_BATCH_FIELDS = tuple(field.name for field in fields(ScheduledBatch))
 _PROGRAM = Path(__file__).with_name("worker_main.py")
 
 
@@ -63,8 +62,7 @@ class Step:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Arrays go as bytes: pickling an array, or a dataclass with slots, takes twenty times as long."""
-        values = (getattr(self.batch, name) for name in _BATCH_FIELDS)
-        return _unpack_step, tuple(_pack(value) for value in (self.sampled, *values))
+        return _unpack_step, tuple(_pack(value) for value in (self.sampled, *self.batch))
 
 
 def _pack(value: Any) -> Any:

@@ -1,8 +1,8 @@
 """The sampler: one token for each row of logits.
 
-The number that picks output token i of a request is a function of the request's seed and i alone (`uniform`), and nothing
-here mixes rows, so what a request gets does not depend on what else is in its batch. The number picks the token by the
-inverse of the cumulative sum of the probabilities: one number a row, instead of one for each word of the vocabulary.
+The number that picks output token i of a request is a function of the request's seed and i alone (random_numbers.py), and
+nothing here mixes rows, so what a request gets does not depend on what else is in its batch. The number picks the token by
+the inverse of the cumulative sum of the probabilities: one number a row, instead of one for each word of the vocabulary.
 
 Top-k and top-p (`Filters`; the order is defined in logits_processors.py) look at a few candidates only, found by a bounded
 pass: the largest values lie in the blocks with the largest maxima. Rows whose candidates do not suffice, known for certain
@@ -19,11 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
-
-_GOLDEN, _FIRST, _SECOND = map(np.uint64, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-_27, _30, _31, _40 = map(np.uint64, (27, 30, 31, 40))
-_UNIT = np.float32(2.0**-24)
+from torch import Tensor, nn
 
 BLOCK = 128  # words of the vocabulary whose maximum, or sum, is taken first
 ROWS_IN_CACHE = 8  # rows of float32 logits that a CPU works on at a time
@@ -49,53 +45,81 @@ class Rows(NamedTuple):
     filters: Filters | None  # each [rows, 1]
 
 
-def uniform(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.float32]:
-    """A number in [0, 1), a multiple of 2**-24, for each (seed, position).
+class Sampler(nn.Module):
+    """Picks the tokens. It has no parameters: it is a module, like the layers, so that its methods can be compiled."""
 
-    SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators") started at a mixed seed.
-    """
-    return uniform_of(start_stream(seeds), positions)
+    def forward(self, logits: Tensor, temperatures: Tensor, uniforms: Tensor, filters: Filters | None = None) -> Tensor:
+        """One token id a row.
 
+        Args:
+            logits: [num_rows, vocab_size]; not changed.
+            temperatures: float32 [num_rows], on the host; rows with 0 take their largest logit, the first of equals.
+            uniforms: float32 [num_rows] in [0, 1), on the host; rows with temperature 0 do not use theirs.
+            filters: what may be sampled; None: everything in every row.
 
-def start_stream(seeds: NDArray[np.uint64] | np.uint64) -> NDArray[np.uint64]:
-    """The mixed seeds: what of `uniform` is the same at every position."""
-    return _mix(np.atleast_1d(seeds) + _GOLDEN)
+        Returns:
+            int64 [num_rows], on the host; -1 for a row whose logits have no largest finite value: NaN or plus infinity
+            among them, or nothing but minus infinity.
+        """
+        num_candidates = _first_candidates(temperatures, filters, logits.shape[-1])
+        token_ids = self._sample_rows(logits, np.arange(len(logits)), num_candidates, temperatures, uniforms, filters)
+        while len(again := np.flatnonzero(token_ids.numpy() == _TOO_FEW)):
+            num_candidates[again] = _more_candidates(num_candidates[again], logits.shape[-1])
+            token_ids[again] = self._sample_rows(logits, again, num_candidates, temperatures, uniforms, filters)
+        return token_ids
 
+    def _sample_rows(
+        self,
+        logits: Tensor,
+        rows: NDArray[np.int64],
+        num_candidates: NDArray[np.int64],
+        temperatures: Tensor,
+        uniforms: Tensor,
+        filters: Filters | None,
+    ) -> Tensor:
+        """Tokens of some rows, int64 on the host; `_TOO_FEW` where there were too few candidates."""
+        token_ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
+        uses_top_k = np.zeros(len(temperatures), np.bool_) if filters is None else filters.top_k.numpy() > 0
+        kinds = num_candidates[rows] * 2 + uses_top_k[rows]
+        for kind in np.unique(kinds):
+            members = np.flatnonzero(kinds == kind)
+            count = int(num_candidates[rows[members[0]]])
+            for chunk in _chunks(members, logits.device):
+                some = _take(logits, rows[chunk], temperatures, uniforms, filters)
+                if count < 0:
+                    picked = self.pick_largest(some)
+                elif count == 0:
+                    picked = self.pick_any(some)
+                else:
+                    picked = _pick_filtered(some, count, bool(uses_top_k[rows[chunk[0]]]))
+                picked = picked.where(some.largest.squeeze(1).isfinite(), _UNSOUND)
+                if len(chunk) == len(rows):
+                    token_ids = picked
+                else:
+                    token_ids[_to(torch.from_numpy(chunk), logits.device)] = picked
+        return token_ids.cpu()
 
-def uniform_of(streams: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.float32]:
-    """`uniform` of the seeds that the streams were started with."""
-    return (_mix(streams + (positions + np.uint64(1)) * _GOLDEN) >> _40).astype(np.float32) * _UNIT
+    def pick_largest(self, rows: Rows) -> Tensor:
+        """The largest, the first of equals: of its block, and of the blocks (`argmax` alone is not vectorised on a CPU)."""
+        blocks = _blocks(rows.logits, float("-inf"))
+        block = blocks.amax(dim=-1).argmax(dim=-1)
+        inside = blocks[torch.arange(len(block), device=block.device), block].argmax(dim=-1)
+        return block * BLOCK + inside
 
-
-def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's finalizer, in place: it runs in every step, and the GPU waits."""
-    z ^= z >> _30
-    z *= _FIRST
-    z ^= z >> _27
-    z *= _SECOND
-    z ^= z >> _31
-    return z
-
-
-def sample(logits: Tensor, temperatures: Tensor, uniforms: Tensor, filters: Filters | None = None) -> Tensor:
-    """One token id a row.
-
-    Args:
-        logits: [num_rows, vocab_size]; not changed.
-        temperatures: float32 [num_rows], on the host; rows with 0 take their largest logit, the first of equals.
-        uniforms: float32 [num_rows] in [0, 1), on the host; rows with temperature 0 do not use theirs.
-        filters: what may be sampled; None: everything in every row.
-
-    Returns:
-        int64 [num_rows], on the host; -1 for a row whose logits have no largest finite value: NaN or plus infinity
-        among them, or nothing but minus infinity.
-    """
-    num_candidates = _first_candidates(temperatures, filters, logits.shape[-1])
-    token_ids = _sample_rows(logits, np.arange(len(logits)), num_candidates, temperatures, uniforms, filters)
-    while len(again := np.flatnonzero(token_ids.numpy() == _TOO_FEW)):
-        num_candidates[again] = _more_candidates(num_candidates[again], logits.shape[-1])
-        token_ids[again] = _sample_rows(logits, again, num_candidates, temperatures, uniforms, filters)
-    return token_ids
+    def pick_any(self, rows: Rows) -> Tensor:
+        """Among all tokens, but those under min_p. First the block is found, then the token in it."""
+        weights = _weights(rows)
+        if rows.filters is not None:
+            weights.masked_fill_(weights < rows.filters.min_p, 0)
+        blocks = _blocks(weights, 0)
+        sums = blocks.sum(dim=-1).double().cumsum(dim=-1)  # [rows, blocks]
+        target = rows.uniforms * sums[:, -1:]  # in float64 below the total, so that some sum is above it
+        block = torch.searchsorted(sums, target, right=True).clamp_(max=sums.shape[1] - 1)  # beyond it if the row is NaN
+        before = F.pad(sums, (1, 0)).gather(1, block)
+        inside = blocks[torch.arange(len(block), device=block.device), block.squeeze(1)].double().cumsum(dim=-1)
+        # Rounding must not lift the target to the block's total: it is then always a token of some probability.
+        target = torch.minimum(target - before, inside[:, -1:].nextafter(torch.zeros_like(target)))
+        return (block * BLOCK + torch.searchsorted(inside, target, right=True)).squeeze(1)
 
 
 # ---- which rows go together ----
@@ -119,37 +143,6 @@ def _first_candidates(temperatures: Tensor, filters: Filters | None, vocab_size:
 def _more_candidates(fewer: NDArray[np.int64], vocab_size: int) -> NDArray[np.int64]:
     steps = np.array([*(step for step in CANDIDATES if step < vocab_size), vocab_size])
     return steps[np.minimum(np.searchsorted(steps, fewer, side="right"), len(steps) - 1)]
-
-
-def _sample_rows(
-    logits: Tensor,
-    rows: NDArray[np.int64],
-    num_candidates: NDArray[np.int64],
-    temperatures: Tensor,
-    uniforms: Tensor,
-    filters: Filters | None,
-) -> Tensor:
-    """Tokens of some rows, int64 on the host; `_TOO_FEW` where there were too few candidates."""
-    token_ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
-    uses_top_k = np.zeros(len(temperatures), np.bool_) if filters is None else filters.top_k.numpy() > 0
-    kinds = num_candidates[rows] * 2 + uses_top_k[rows]
-    for kind in np.unique(kinds):
-        members = np.flatnonzero(kinds == kind)
-        count = int(num_candidates[rows[members[0]]])
-        for chunk in _chunks(members, logits.device):
-            some = _take(logits, rows[chunk], temperatures, uniforms, filters)
-            if count < 0:
-                picked = _pick_largest(some)
-            elif count == 0:
-                picked = _pick_any(some)
-            else:
-                picked = _pick_filtered(some, count, bool(uses_top_k[rows[chunk[0]]]))
-            picked = picked.where(some.largest.squeeze(1).isfinite(), _UNSOUND)
-            if len(chunk) == len(rows):
-                token_ids = picked
-            else:
-                token_ids[_to(torch.from_numpy(chunk), logits.device)] = picked
-    return token_ids.cpu()
 
 
 def _chunks(members: NDArray[np.int64], device: torch.device) -> Iterator[NDArray[np.int64]]:
@@ -192,36 +185,12 @@ def _blocks(x: Tensor, fill: float) -> Tensor:
     return (F.pad(x, (0, missing), value=fill) if missing else x).unflatten(-1, (-1, BLOCK))
 
 
-def _pick_largest(rows: Rows) -> Tensor:
-    """The largest, the first of equals: of its block, and of the blocks. (`argmax` itself is not vectorised on a CPU.)"""
-    blocks = _blocks(rows.logits, float("-inf"))
-    block = blocks.amax(dim=-1).argmax(dim=-1)
-    inside = blocks[torch.arange(len(block), device=block.device), block].argmax(dim=-1)
-    return block * BLOCK + inside
-
-
 def _weights(rows: Rows) -> Tensor:
     """Probabilities, float32 [rows, vocab_size], but for a factor: that of the most likely token is 1.
 
     Subtract before dividing: with the tiniest of temperatures the largest is still exp(0) = 1, the others 0.
     """
     return torch.sub(rows.logits.float(), rows.largest).div_(rows.temperatures).exp_()
-
-
-def _pick_any(rows: Rows) -> Tensor:
-    """Among all tokens, but those under min_p. First the block is found, then the token in it."""
-    weights = _weights(rows)
-    if rows.filters is not None:
-        weights.masked_fill_(weights < rows.filters.min_p, 0)
-    blocks = _blocks(weights, 0)
-    sums = blocks.sum(dim=-1).double().cumsum(dim=-1)  # [rows, blocks]
-    target = rows.uniforms * sums[:, -1:]  # in float64 below the total, so that some sum is above it
-    block = torch.searchsorted(sums, target, right=True).clamp_(max=sums.shape[1] - 1)  # beyond it if the row is NaN
-    before = F.pad(sums, (1, 0)).gather(1, block)
-    inside = blocks[torch.arange(len(block), device=block.device), block.squeeze(1)].double().cumsum(dim=-1)
-    # Rounding must not lift the target to the block's total: it is then always a token of some probability.
-    target = torch.minimum(target - before, inside[:, -1:].nextafter(torch.zeros_like(target)))
-    return (block * BLOCK + torch.searchsorted(inside, target, right=True)).squeeze(1)
 
 
 def _pick_filtered(rows: Rows, num_candidates: int, uses_top_k: bool) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from nanovllm.attention.backend import AttentionBackend
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionMetadata:
+class AttentionMetadata(NamedTuple):
     """The shape of one variable-length batch. A decode is a query of length 1."""
 
     cu_seqlens_q: Tensor  # int32 [num_seqs + 1]: where each sequence's tokens begin in the batch

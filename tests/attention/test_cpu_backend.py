@@ -16,9 +16,9 @@ from torch import Tensor
 
 from nanovllm.attention.backend import AttentionSpec
 from nanovllm.attention.cpu import CPUBackend
-from nanovllm.attention.cpu_build import load_library, machine_flags
 from nanovllm.attention.torch_reference import TorchReferenceBackend
 from nanovllm.utils.context import AttentionMetadata
+from nanovllm.utils.cpu_build import load_library, machine_flags
 
 EMULATION = Path(__file__).with_name("emulated_avx512.h")
 FLAGS = {

@@ -63,6 +63,7 @@ def test_whole_model_gives_the_plain_backends_tokens(
         (replace(GPU_SPEC, dtype=torch.float32), (8, 0), "the model's dtype is torch.float32"),
         (replace(GPU_SPEC, block_size=16), (8, 0), "a multiple of 256, got 16"),
         (replace(GPU_SPEC, head_dim=84), (8, 0), "multiples of 8 up to 256, got 84"),
+        (replace(GPU_SPEC, batch_invariant=True), (8, 0), "batch_invariant needs fixed splits"),
         (CPU_SPEC, (0, 0), "NVIDIA GPU"),
     ],
 )

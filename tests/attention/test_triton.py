@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported, which is when a backend is made
 
 from backend_parity import Seqlens, check_against_plain, random_seqlens
+from kept_logits import check, run, run_alone
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.attention import triton as triton_backend
@@ -70,8 +72,9 @@ def test_a_sequence_does_not_depend_on_how_busy_the_batch_is(monkeypatch: pytest
     assert torch.equal(results[0], results[2])
 
 
-def test_padding_rows_are_zero_and_read_nothing() -> None:
-    backend = make_backend(4, 2, 16)
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_padding_rows_are_zero_and_read_nothing(batch_invariant: bool) -> None:
+    backend = TritonBackend(replace(make_backend(4, 2, 16).spec, batch_invariant=batch_invariant))
     cache = backend.allocate_cache(4).fill_(torch.nan)
     k = torch.full((3, 2, 16), torch.nan)
     k[0] = 1.0
@@ -132,6 +135,44 @@ def test_whole_model_gives_the_plain_backends_tokens(checkpoint: Callable[..., P
         results.append([output["token_ids"] for output in llm.generate(prompts, params, use_tqdm=False)])
         assert llm.scheduler.num_preemptions > 0
     assert results[0] == results[1]
+
+
+@pytest.fixture
+def rows_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tile products in which no row is special, as a GPU's: numpy's last bits depend on a row's place in the tile."""
+    from triton.runtime import interpreter
+
+    def create_dot(self: object, a: Any, b: Any, d: Any, *precision: object) -> Any:
+        total = d.data.copy()
+        for step in range(a.data.shape[1]):
+            total += a.data[:, step, None] * b.data[step]
+        return interpreter.TensorHandle(total, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+@pytest.mark.usefixtures("rows_alike")
+def test_logits_do_not_depend_on_the_batch_if_asked_for(checkpoint: Callable[..., Path]) -> None:
+    options = {"device": "cpu", "dtype": "float32", "attention_backend": "triton", "max_model_len": 96}
+    prompts = [random.Random(i).choices(range(320), k=length) for i, length in enumerate((15, 47, 31))]
+
+    def make_llm(num_kvcache_blocks: int = 20, batch_invariant: bool = True, **more: int) -> LLM:
+        sizes = {"num_kvcache_blocks": num_kvcache_blocks, **more}
+        return LLM(checkpoint("Qwen3ForCausalLM"), **options, batch_invariant=batch_invariant, **sizes)
+
+    expected = run_alone(make_llm(), prompts)
+    few_blocks = make_llm(num_kvcache_blocks=7)
+    for llm in (few_blocks, make_llm(max_num_batched_tokens=23)):
+        check(run(llm, prompts), expected, len(prompts))
+    assert few_blocks.scheduler.num_preemptions > 0
+    # Else a token alone and one in a chunk are two kernels' work, and these contexts have several parts.
+    other = run(make_llm(batch_invariant=False), prompts)
+    assert any(not torch.equal(row, expected[key]) for key, row in other.items())
+
+
+def test_batch_invariance_of_single_queries_is_right_too() -> None:
+    spec = replace(make_backend(9, 3, 24).spec, batch_invariant=True)
+    check_against_plain(TritonBackend(spec), MIXED, seed=0)
 
 
 def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 """How much of a GPU the KV cache gets: a pure function of what was measured; and the step that is measured."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,7 +58,7 @@ def test_largest_steps(
     forward = ModelRunner._forward
 
     def record(self: ModelRunner, step: StepTensors) -> Tensor:
-        steps.append(replace(step, metadata=replace(step.metadata, cu_seqlens_q=step.metadata.cu_seqlens_q.clone())))
+        steps.append(step._replace(metadata=step.metadata._replace(cu_seqlens_q=step.metadata.cu_seqlens_q.clone())))
         return forward(self, step)
 
     llm = LLM(

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from nanovllm.engine.input_batch import InputBatch, StepInputs
-from nanovllm.engine.scheduler import ScheduledBatch, StartedSequence
-from nanovllm.layers.sampler import uniform
+from nanovllm.engine.scheduled_batch import ScheduledBatch, StartedSequence
+from nanovllm.layers.random_numbers import uniform
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -44,13 +44,14 @@ def make_batch(
     started: Items[Row] = (),
     new_blocks: Items[tuple[int, int]] = (),
 ) -> ScheduledBatch:
+    num_decode = sum(row.num_prompt_tokens <= row.num_computed_tokens == len(row.token_ids) - 1 for row, _ in work)
     return ScheduledBatch(
         started=tuple(row.start() for row in started),
         new_blocks=tuple(new_blocks),
         rows=np.array([row.index for row, _ in work], np.int64),
         num_tokens=np.array([num_tokens for _, num_tokens in work], np.int64),
-        num_prefill_tokens=0,
-        num_decode_tokens=0,
+        num_prefill_tokens=sum(num_tokens for _, num_tokens in work) - num_decode,
+        num_decode_tokens=num_decode,
     )
 
 

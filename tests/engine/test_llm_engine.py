@@ -15,7 +15,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.engine import llm_engine
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import StepOutput
-from nanovllm.engine.scheduler import ScheduledBatch
+from nanovllm.engine.scheduled_batch import ScheduledBatch
 from nanovllm.models.config import ModelConfig
 
 CheckpointFactory = Callable[..., Path]

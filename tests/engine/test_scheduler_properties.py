@@ -8,6 +8,7 @@ tokens or another parent, or overwritten by somebody else, shows at once.
 """
 
 import zlib
+from array import array
 from collections import Counter
 from dataclasses import dataclass
 from random import Random
@@ -20,9 +21,10 @@ from numpy.typing import NDArray
 
 from nanovllm.engine.block_manager import ROOT, BlockManager, HashFunction, hash_block
 from nanovllm.engine.input_batch import InputBatch, StepInputs
-from nanovllm.engine.scheduler import ScheduledBatch, Scheduler
+from nanovllm.engine.scheduled_batch import ScheduledBatch
+from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
-from nanovllm.layers.sampler import uniform
+from nanovllm.layers.random_numbers import uniform
 from nanovllm.sampling_params import SamplingParams
 
 HASH_FUNCTIONS: dict[str, HashFunction] = {
@@ -198,7 +200,7 @@ class Simulation:
         for seq in self.scheduler.update(batch, tokens):
             _, request = self.unfinished.pop(seq.seq_id)
             del self.row_of[seq.seq_id]
-            assert (seq.token_ids, seq.finish_reason) == undisturbed(request, self.setting.max_model_len)
+            assert (seq.token_ids.tolist(), seq.finish_reason) == undisturbed(request, self.setting.max_model_len)
             self.stats["finished"] += 1
             self.stats["cached tokens"] += seq.num_cached_tokens or 0
         self.check_state()
@@ -306,7 +308,7 @@ class Simulation:
     def check_progress(self) -> None:
         """After a step the scheduler and the model runner agree on how far each sequence is."""
         rows = list(self.row_of.values())
-        for name in ("num_tokens", "num_computed_tokens", "num_prompt_tokens"):
+        for name in ("num_tokens", "num_computed_tokens"):
             assert getattr(self.input_batch, name)[rows].tolist() == getattr(self.scheduler, name)[rows].tolist(), name
 
     def check_blocks(self, running: list[Sequence]) -> None:
@@ -338,7 +340,7 @@ class Simulation:
             assert [self.kv_cache.get(slot) for slot in slots] == [prefix[: len(prefix) - left] for left in range(size)][
                 ::-1
             ]
-            assert block.token_ids == list(prefix[-size:])
+            assert block.token_ids.tolist() == list(prefix[-size:])
             assert self.chained_hash(prefix) == block_hash
         writable = {
             seq.block_table[index]: seq.block_hashes[index]
@@ -351,7 +353,7 @@ class Simulation:
     def chained_hash(self, prefix: Prefix) -> int:
         block_hash = ROOT
         for start in range(0, len(prefix), self.setting.block_size):
-            block_hash = self.hash_function(block_hash, prefix[start : start + self.setting.block_size])
+            block_hash = self.hash_function(block_hash, array("i", prefix[start : start + self.setting.block_size]))
         return block_hash
 
     def check_nothing_is_left(self) -> None:

@@ -8,9 +8,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nanovllm.layers import sampler
-from nanovllm.layers.sampler import sample, uniform
+from nanovllm.layers import random_numbers
+from nanovllm.layers.random_numbers import uniform
+from nanovllm.layers.sampler import Sampler
 from nanovllm.sampling_params import MAX_SEED
+
+sample = Sampler()
 
 LARGEST_UNIFORM = 1 - 2.0**-24
 INF = math.inf
@@ -58,7 +61,7 @@ def test_uniform_is_splitmix64(seed: int, position: int) -> None:
 
 @pytest.mark.parametrize("mixed", [0, 2**64 - 1])
 def test_uniform_is_at_least_0_and_below_1(mixed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampler, "_mix", lambda z: np.full_like(z, mixed))
+    monkeypatch.setattr(random_numbers, "_mix", lambda z: np.full_like(z, mixed))
     numbers = draw([0], [0])
     assert numbers.dtype == np.float32
     assert numbers[0] == (LARGEST_UNIFORM if mixed else 0)

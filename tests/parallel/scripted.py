@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import model_runner, parallel_executor
 from nanovllm.engine.model_runner import ModelRunner
-from nanovllm.engine.scheduler import ScheduledBatch
+from nanovllm.engine.scheduled_batch import ScheduledBatch
 
 WORKER_RAISES, WORKER_IS_KILLED, RANK_0_RAISES, RANK_0_RAISES_AT_THE_END, CTRL_C = range(1, 6)
 LIMIT = 10.0  # seconds until the caller must know

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from nanovllm.layers import sampler
-from nanovllm.layers.sampler import Filters, sample, uniform
+from nanovllm.layers.random_numbers import uniform
+from nanovllm.layers.sampler import Filters, Sampler
+
+sample = Sampler()
 
 SMALLEST, LARGEST = 0.0, 1 - 2.0**-24
 

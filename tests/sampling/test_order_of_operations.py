@@ -15,9 +15,11 @@ from transformers.generation import logits_process as hf
 
 from nanovllm import SamplingParams
 from nanovllm.engine.sampling_state import SamplingState
-from nanovllm.engine.scheduler import StartedSequence
+from nanovllm.engine.scheduled_batch import StartedSequence
 from nanovllm.layers.logits_processors import edit_logits
-from nanovllm.layers.sampler import Filters, sample
+from nanovllm.layers.sampler import Filters, Sampler
+
+sample = Sampler()
 
 STOP = (3, 7)  # what ends a sequence, beside its own stop_token_ids
 INF = float("inf")

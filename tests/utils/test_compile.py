@@ -29,7 +29,8 @@ def test_compiles_once_for_all_batch_sizes(checkpoint: Callable[..., Path], arch
     torch._dynamo.reset()
     rng = random.Random(0)
     prompts = [rng.choices(range(320), k=5 * length) for length in range(1, 9)]
-    params = [SamplingParams(temperature=0.0, max_tokens=2 + i, ignore_eos=True) for i in range(8)]
+    # Greedy and not, so that both ways of the sampler see one row and many.
+    params = [SamplingParams(temperature=i // 4, seed=i, max_tokens=2 + i % 4, ignore_eos=True) for i in range(8)]
     compiler = CountingCompiler()
     tokens = []
     for is_compiled in (False, True):
@@ -39,7 +40,11 @@ def test_compiles_once_for_all_batch_sizes(checkpoint: Callable[..., Path], arch
         assert llm.executor._runner is not None
         if is_compiled:
             compile_layers(llm.executor._runner.model, compiler)
-            llm.generate([[1, 2, 3]], SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)  # many tokens, and one
+            compile_layers(llm.executor._runner.sampler, compiler)
+            for number in (2, 1):  # of rows
+                for temperature in (0.0, 1.0):
+                    first = SamplingParams(temperature=temperature, max_tokens=4, ignore_eos=True)
+                    llm.generate([[1, 2, 3]] * number, first, use_tqdm=False)
             assert compiler.count > 0
         compiled_at_first = compiler.count
         tokens.append([output["token_ids"] for output in llm.generate(prompts, params, use_tqdm=False)])

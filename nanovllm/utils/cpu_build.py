@@ -2,7 +2,7 @@
 
 The library is called through torch's operator registry, so that no Python headers are needed, only a C++ compiler. Flags
 follow the instruction set that torch itself uses on this machine (`torch.backends.cpu.get_cpu_capability`). The name of
-the library says what it was made of: source, flags and torch's version. Several processes may build at once: each builds in
+the library says what it was made of: sources, flags and torch's version. Several processes may build at once: each builds in
 a folder of its own and moves the result in place in one step.
 """
 
@@ -24,8 +24,14 @@ from nanovllm.utils.device import cpu_flags
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("cpu_paged_attention.cpp")
-TIMEOUT = 600  # seconds for a build that usually takes 15
+PACKAGE = Path(__file__).parents[1]
+# Compiled as one, since most of the time goes into torch's headers.
+SOURCES = (
+    PACKAGE / "utils" / "cpu_math.h",
+    PACKAGE / "attention" / "cpu_paged_attention.cpp",
+    PACKAGE / "layers" / "cpu_layers.cpp",
+)
+TIMEOUT = 600  # seconds for a build that usually takes 20
 
 # torch's name for the instruction set -> what makes its vector classes use it. Elsewhere (Arm) the compiler's default does.
 _INSTRUCTION_SETS = {
@@ -40,7 +46,7 @@ class BuildError(RuntimeError):
 
 @functools.cache
 def load_kernels() -> Any:
-    """The operators `store` and `attend`, as an attribute of `torch.ops`; built if they are not in the cache folder.
+    """The operators of the sources, as an attribute of `torch.ops`; built if they are not in the cache folder.
 
     Raises:
         BuildError: there is no compiler, or it failed.
@@ -49,12 +55,13 @@ def load_kernels() -> Any:
 
 
 def load_library(flags: list[str]) -> Any:
-    """Build the source with `flags`, unless that was done before, and load it.
+    """Build the sources with `flags`, unless that was done before, and load it.
 
     Raises:
         BuildError: there is no compiler, or it failed.
     """
-    key = hashlib.sha256(repr((SOURCE.read_bytes(), flags, torch.__version__, platform.machine())).encode()).hexdigest()
+    sources = [source.read_bytes() for source in SOURCES]
+    key = hashlib.sha256(repr((sources, flags, torch.__version__, platform.machine())).encode()).hexdigest()
     name = f"nanovllm_cpu_{key[:16]}"
     library = cache_folder() / f"{name}.so"
     if not library.exists():
@@ -92,18 +99,24 @@ def _build(library: Path, flags: list[str]) -> None:
     # No -ffast-math and no contraction of products and sums: a row's result must not depend on where it is computed.
     options = ["-std=c++20", "-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-w"]
     link = [f"-L{lib}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{lib}"]
-    logger.info("building %s for this machine; this is done once and takes some 15 seconds", SOURCE.name)
+    names = " and ".join(source.name for source in SOURCES)
+    logger.info("building %s for this machine; this is done once and takes some 20 seconds", names)
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             target = Path(folder) / library.name
-            command = [compiler, *options, *flags, f"-I{include}", str(SOURCE), "-o", str(target), *link]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+            command = [compiler, *options, *flags, f"-I{include}", "-x", "c++", "-", "-o", str(target), *link]
+            done = subprocess.run(command, input=unit(), capture_output=True, text=True, timeout=TIMEOUT, check=False)
             if done.returncode != 0:
-                raise BuildError(f"{compiler} failed on {SOURCE.name}: {_first_error(done.stderr)}")
+                raise BuildError(f"{compiler} failed on {names}: {_first_error(done.stderr)}")
             target.replace(library)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"{SOURCE.name} could not be built: {error}") from error
+        raise BuildError(f"{names} could not be built: {error}") from error
+
+
+def unit() -> str:
+    """What the compiler is given: the sources, one after the other."""
+    return "".join(f'#include "{source}"\n' for source in SOURCES)
 
 
 def _first_error(output: str) -> str:

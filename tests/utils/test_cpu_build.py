@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch.utils.cpp_extension import include_paths
 
-from nanovllm.attention import cpu_build
 from nanovllm.attention.backend import AttentionBackend, AttentionSpec, choose_backend
 from nanovllm.attention.cpu import CPUBackend
-from nanovllm.attention.cpu_build import BuildError, cache_folder, load_kernels, load_library, machine_flags
 from nanovllm.attention.torch_reference import TorchReferenceBackend
+from nanovllm.utils import cpu_build
+from nanovllm.utils.cpu_build import BuildError, cache_folder, load_kernels, load_library, machine_flags
 
 
 def make_spec(head_dim: int = 16, block_size: int = 16, num_heads: int = 4, device: str = "cpu") -> AttentionSpec:
@@ -83,7 +83,7 @@ def test_refuses_what_it_cannot_serve(spec: AttentionSpec, reason: str) -> None:
 
 BUILD_AND_ATTEND = """
 import torch
-from nanovllm.attention.cpu_build import load_kernels, machine_flags
+from nanovllm.utils.cpu_build import load_kernels, machine_flags
 cache = torch.full((1, 1, 1, 2, 256), torch.nan)
 q = k = torch.ones(1, 1, 16)
 v = torch.arange(16.0).view(1, 1, 16)
@@ -138,5 +138,8 @@ def test_the_avx512_path_compiles_with_the_real_intrinsics(monkeypatch: pytest.M
         *machine_flags(),
         "-DNANOVLLM_OPS=ops",
         *includes,
+        "-x",
+        "c++",
+        "-",
     ]
-    subprocess.run([*command, str(cpu_build.SOURCE)], check=True)
+    subprocess.run(command, input=cpu_build.unit(), text=True, check=True)

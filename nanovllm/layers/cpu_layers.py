@@ -1,0 +1,45 @@
+"""C++ for the small layers between the matrix products, on a CPU: the kernels of cpu_layers.cpp, which explains them.
+
+They take the plain layers' places in a model, one by one, so that models and plain layers know nothing of them; the plain
+layers remain what they are tested against. It is the CPU's counterpart to utils/compile.py.
+"""
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+from nanovllm.layers.activation import SiluAndMul
+from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.rotary_embedding import RotaryEmbedding
+
+
+def fuse_layers(model: nn.Module, kernels: Any) -> None:
+    """Let the small layers of `model` run as C++.
+
+    Args:
+        model: changed in place; other models are not. Its weights are on the CPU.
+        kernels: what `load_kernels` returns.
+    """
+
+    def silu_and_mul(self: SiluAndMul, x: Tensor) -> Tensor:
+        return kernels.silu_and_mul(x)
+
+    def rms_norm(self: RMSNorm, x: Tensor) -> Tensor:
+        return kernels.rms_norm(x, self.weight, self.eps)
+
+    def add_rms_norm(self: RMSNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return kernels.add_rms_norm(x, residual, self.weight, self.eps)
+
+    def rotate(self: RotaryEmbedding, positions: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return kernels.rotate(positions, q, k, self.cos_sin)
+
+    methods: dict[type[nn.Module], dict[str, Callable[..., Any]]] = {
+        SiluAndMul: {"forward": silu_and_mul},
+        RMSNorm: {"forward": rms_norm, "add_and_norm": add_rms_norm},
+        RotaryEmbedding: {"forward": rotate},
+    }
+    for module in model.modules():
+        for name, function in methods.get(type(module), {}).items():
+            setattr(module, name, MethodType(function, module))

@@ -1,0 +1,37 @@
+"""Layers that always work on the same number of rows, so that a row's result cannot depend on how many there are.
+
+Libraries choose a kernel, and with it an order of summation, by the shape of their input: cuBLAS for products, torch for the
+sums of a norm. Given one shape only, there is nothing to choose. Rows are padded to whole tiles and computed tile by tile;
+what remains is that a kernel must treat the rows of a tile alike, as kernels whose tiles are no smaller do.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanovllm.layers.embed_head import ParallelLMHead
+from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.linear import ParallelLinear
+
+ROWS = 64  # enough to be no slower than a few rows where weights are read from memory, few enough not to waste many
+
+
+def fix_rows(model: nn.Module) -> None:
+    """Let norms and products of `model`, changed in place, work on `ROWS` rows at a time.
+
+    Packed weights need it not: see packed_weight.py. Activation and rotation sum nothing.
+    """
+    for layer in model.modules():
+        is_product = isinstance(layer, (ParallelLinear, ParallelLMHead)) and not layer.weight.is_mkldnn
+        if is_product or isinstance(layer, RMSNorm):
+            layer.forward = partial(_by_tiles, layer.forward)
+
+
+def _by_tiles(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`forward` of x [num_rows, ...], computed tile by tile."""
+    num_rows = len(x)
+    padded = F.pad(x, (0, 0) * (x.dim() - 1) + (0, -num_rows % ROWS))
+    return torch.cat([forward(tile) for tile in padded.split(ROWS)])[:num_rows]

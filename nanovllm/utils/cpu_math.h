@@ -1,0 +1,37 @@
+// The exponential that the CPU kernels share, in plain C++ that compilers turn into vector instructions.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
+namespace {
+
+ALWAYS_INLINE float fused_multiply_add(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// e^x for x up to about 0, to 2 units in the last place; exactly 0 below -87 and for minus infinity; NaN stays NaN.
+// 2^n * e^r with n = round(x / ln 2), r in [-ln 2 / 2, ln 2 / 2] and e^r by its Taylor polynomial, whose next term is
+// below 2^-27. Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits. The compiler vectorises this.
+ALWAYS_INLINE float exp_nonpositive(float x) {
+  const float shifted = fused_multiply_add(x, 1.44269504f, 12582912.0f);
+  const float n = shifted - 12582912.0f;
+  const float r = fused_multiply_add(n, -1.42860677e-6f, fused_multiply_add(n, -0.693145752f, x));
+  float y = fused_multiply_add(r, 1.0f / 720, 1.0f / 120);
+  y = fused_multiply_add(y, r, 1.0f / 24);
+  y = fused_multiply_add(y, r, 1.0f / 6);
+  y = fused_multiply_add(y, r, 0.5f);
+  y = fused_multiply_add(y, r, 1.0f);
+  y = fused_multiply_add(y, r, 1.0f);
+  const uint32_t exponent = std::bit_cast<uint32_t>(shifted) << 23;
+  const float scaled = std::bit_cast<float>(std::bit_cast<uint32_t>(y) + exponent);
+  return x < -87.0f ? 0.0f : scaled;
+}
+
+}  // namespace
