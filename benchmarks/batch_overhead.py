@@ -56,11 +56,11 @@ class Watch:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._within: list[str] = []
-        self._last = time.process_time()
+        self._last = time.perf_counter()
 
     def switch(self) -> None:
         """Book the time since the last switch."""
-        now = time.process_time()
+        now = time.perf_counter()
         part = self._within[-1] if self._within else "rest"
         self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
         self._last = now

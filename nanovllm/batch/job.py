@@ -17,7 +17,14 @@ from nanovllm.sampling_params import MAX_SEED, SamplingParams, check_int
 from nanovllm.utils.checkpoint import resolve_checkpoint
 
 # Of the engine's options those that change results by more than the order of sums; others may differ when a job is resumed.
-_ENGINE_OPTIONS_OF_RESULTS = ("max_model_len", "dtype", "device", "attention_backend", "tensor_parallel_size")
+_ENGINE_OPTIONS_OF_RESULTS = (
+    "max_model_len",
+    "dtype",
+    "device",
+    "attention_backend",
+    "tensor_parallel_size",
+    "batch_invariant",
+)
 _WINDOW = 8  # times max_num_seqs rows are sorted by their prompts
 
 

@@ -95,7 +95,10 @@ def run(args: argparse.Namespace) -> int:
     if not args.quiet:
         print(summarize(outcome), file=sys.stderr)
     if args.report is not None:
-        write_report(args.report, outcome)
+        try:
+            write_report(args.report, outcome)
+        except OSError as error:
+            raise FailedError(f"the report could not be written: {error}. The results are in {args.output}") from error
     if stopped_by is not None and outcome.num_done < outcome.num_rows:
         print(
             f"nanovllm: interrupted; the same command runs what is left: {outcome.num_rows - outcome.num_done:,} rows",

@@ -176,6 +176,7 @@ def test_everything_done_needs_no_model(batch: Batch, tmp_path: Path, monkeypatc
     monkeypatch.delattr(BatchJob, "load")
     assert batch(rows) == 3
     assert (tmp_path / "out.jsonl").read_bytes() == content
+    assert batch(rows, "--report", str(tmp_path / "none" / "report.html")) == 1
     assert batch([], output="empty.jsonl") == 0
     assert (tmp_path / "empty.jsonl").read_bytes() == b""
 
