@@ -20,7 +20,6 @@ import torch
 
 import nanovllm
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine import model_runner
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.utils.context import get_forward_context
 
@@ -178,9 +177,10 @@ def test_error_inside_a_layer(llm: LLM, drive: Drive, layer: int) -> None:
 @pytest.mark.parametrize("at_call", [1, 4])
 @pytest.mark.parametrize("after", [False, True])
 def test_error_in_the_sampler(llm: LLM, drive: Drive, at_call: int, after: bool) -> None:
-    broken = Interrupter(model_runner.sample, at_call, after, PlannedError())
+    sampler = runner_of(llm).sampler
+    broken = Interrupter(sampler.forward, at_call, after, PlannedError())
     with pytest.raises(PlannedError):
-        drive_broken(drive, llm, model_runner, "sample", broken)
+        drive_broken(drive, llm, sampler, "forward", broken)
     assert_clean(llm)
 
 

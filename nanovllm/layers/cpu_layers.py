@@ -4,8 +4,6 @@ They take the plain layers' places in a model, one by one, so that models and pl
 layers remain what they are tested against. It is the CPU's counterpart to utils/compile.py.
 """
 
-from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 from nanovllm.layers.activation import SiluAndMul
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
+from nanovllm.utils.methods import replace_methods
 
 
 def fuse_layers(model: nn.Module, kernels: Any) -> None:
@@ -35,11 +34,6 @@ def fuse_layers(model: nn.Module, kernels: Any) -> None:
     def rotate(self: RotaryEmbedding, positions: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return kernels.rotate(positions, q, k, self.cos_sin)
 
-    methods: dict[type[nn.Module], dict[str, Callable[..., Any]]] = {
-        SiluAndMul: {"forward": silu_and_mul},
-        RMSNorm: {"forward": rms_norm, "add_and_norm": add_rms_norm},
-        RotaryEmbedding: {"forward": rotate},
-    }
-    for module in model.modules():
-        for name, function in methods.get(type(module), {}).items():
-            setattr(module, name, MethodType(function, module))
+    replace_methods(model, SiluAndMul, forward=silu_and_mul)
+    replace_methods(model, RMSNorm, forward=rms_norm, add_and_norm=add_rms_norm)
+    replace_methods(model, RotaryEmbedding, forward=rotate)

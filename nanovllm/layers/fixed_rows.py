@@ -6,7 +6,7 @@ what remains is that a kernel must treat the rows of a tile alike, as kernels wh
 """
 
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nanovllm.layers.embed_head import ParallelLMHead
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import ParallelLinear
+from nanovllm.utils.methods import replace_methods
 
 ROWS = 64  # enough to be no slower than a few rows where weights are read from memory, few enough not to waste many
 
@@ -24,14 +25,19 @@ def fix_rows(model: nn.Module) -> None:
 
     Packed weights need it not: see packed_weight.py. Activation and rotation sum nothing.
     """
-    for layer in model.modules():
-        is_product = isinstance(layer, (ParallelLinear, ParallelLMHead)) and not layer.weight.is_mkldnn
-        if is_product or isinstance(layer, RMSNorm):
-            layer.forward = partial(_by_tiles, layer.forward)
+    for kind in {type(layer) for layer in model.modules() if isinstance(layer, (ParallelLinear, ParallelLMHead, RMSNorm))}:
+        replace_methods(model, kind, forward=_by_tiles(kind.forward))
 
 
-def _by_tiles(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`forward` of x [num_rows, ...], computed tile by tile."""
-    num_rows = len(x)
-    padded = F.pad(x, (0, 0) * (x.dim() - 1) + (0, -num_rows % ROWS))
-    return torch.cat([forward(tile) for tile in padded.split(ROWS)])[:num_rows]
+def _by_tiles(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    """The same for x [num_rows, ...], computed tile by tile."""
+
+    def forward_tiles(layer: nn.Module, x: Tensor) -> Tensor:
+        weight = layer.weight
+        if isinstance(weight, Tensor) and weight.is_mkldnn:
+            return forward(layer, x)
+        num_rows = len(x)
+        padded = F.pad(x, (0, 0) * (x.dim() - 1) + (0, -num_rows % ROWS))
+        return torch.cat([forward(layer, tile) for tile in padded.split(ROWS)])[:num_rows]
+
+    return forward_tiles

@@ -6,7 +6,6 @@ memory once. All sizes are dynamic from the first call, so that no number of tok
 """
 
 from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from nanovllm.layers.activation import SiluAndMul
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.layers.sampler import Sampler
+from nanovllm.utils.methods import replace_methods
 
 METHODS: dict[type[nn.Module], tuple[str, ...]] = {
     SiluAndMul: ("forward",),
@@ -32,11 +32,6 @@ def compile_layers(model: nn.Module, backend: str | Callable[..., Any] = "induct
         model: changed in place, itself or the layers in it; other models are not.
         backend: torch.compile's.
     """
-    compiled = {
-        (kind, name): torch.compile(getattr(kind, name), backend=backend, dynamic=True)
-        for kind, names in METHODS.items()
-        for name in names
-    }
-    for module in model.modules():
-        for name in METHODS.get(type(module), ()):
-            setattr(module, name, MethodType(compiled[type(module), name], module))
+    for kind, names in METHODS.items():
+        compiled = {name: torch.compile(getattr(kind, name), backend=backend, dynamic=True) for name in names}
+        replace_methods(model, kind, **compiled)
