@@ -95,14 +95,14 @@ def generate(llm: LLM, first_token: int = 0) -> list[list[int]]:
 
 
 def workers() -> list[psutil.Process]:
-    """What this process has started and still runs, but for the helper that other tests leave: multiprocessing's tracker."""
+    """What this process has started and still runs, but for the helpers that other tests leave: multiprocessing's."""
     children = psutil.Process().children(recursive=True)
-    return [child for child in children if is_alive(child) and not is_resource_tracker(child)]
+    return [child for child in children if is_alive(child) and not is_helper(child)]
 
 
-def is_resource_tracker(process: psutil.Process) -> bool:
+def is_helper(process: psutil.Process) -> bool:
     try:
-        return any("resource_tracker" in argument for argument in process.cmdline())
+        return any(name in argument for argument in process.cmdline() for name in ("resource_tracker", "forkserver"))
     except psutil.NoSuchProcess:
         return False
 
