@@ -113,6 +113,7 @@ class InputBatch:
         self.num_prompt_logprobs = np.full(max_num_seqs, NO_LOGPROBS, np.int64)
         self.seq_ids = np.zeros(max_num_seqs, np.int64)
         self.sampling = SamplingState(max_num_seqs)
+        self._step_has_options = False  # whether any sampled row of the last step uses some
         self._indices = np.arange(max_num_seqs)
         self._cu_seqlens = np.arange(max_num_seqs + 1, dtype=np.int32)  # of queries of one token
 
@@ -131,8 +132,8 @@ class InputBatch:
         lengths = self.num_tokens[rows]
         self.num_tokens[rows] = lengths + 1
         self.last_token_ids[rows] = token_ids
-        edited = self.sampling.is_edited[rows]
-        if np.count_nonzero(edited):
+        if self._step_has_options:
+            edited = self.sampling.is_edited[rows]
             self.token_ids[rows[edited], lengths[edited]] = token_ids[edited]
 
     def _start(self, started: StartedSequence) -> None:
@@ -161,6 +162,8 @@ class InputBatch:
         self.num_computed_tokens[rows] = end
         tokens = self._last_tokens(rows, begin) if batch.is_decode else self._chunks(rows, begin, end)
         sampled_rows, max_context_len = tokens.sampled_rows, int(end.max())
+        options = self.sampling.options(sampled_rows, self.num_tokens, self.token_ids)
+        self._step_has_options = options is not None
         return StepInputs(
             input_ids=tokens.input_ids,
             positions=tokens.positions,
@@ -174,7 +177,7 @@ class InputBatch:
             logits_indices=tokens.logits_indices,
             temperatures=self.sampling.temperatures[sampled_rows],
             uniforms=self.sampling.draw(sampled_rows),
-            sampling_options=self.sampling.options(sampled_rows, self.num_tokens, self.token_ids),
+            sampling_options=options,
             prompt_targets=() if batch.is_decode else self._prompt_targets(rows, begin, end, tokens.cu_seqlens_q),
         )
 

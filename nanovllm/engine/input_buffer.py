@@ -71,13 +71,18 @@ class InputBuffer:
                 self._layouts.clear()
             layout = self._layouts[shape] = _Layout.of(shape, self._host, self._device)
         host, device = layout.host, layout.device
-        _fill(host.input_ids, inputs.input_ids, 0)
-        _fill(host.positions, inputs.positions, 0)
-        _fill(host.slot_mapping, inputs.slot_mapping, -1)
-        _fill(host.context_lens, inputs.context_lens, 0)
-        _fill(host.cu_seqlens_q, inputs.cu_seqlens_q, range(num_seqs + 1, num_rows + 1))  # queries of one token
+        size = len(inputs.input_ids)
+        host.input_ids[:size] = inputs.input_ids
+        host.positions[:size] = inputs.positions
+        host.slot_mapping[:size] = inputs.slot_mapping
+        host.context_lens[:num_seqs] = inputs.context_lens
+        host.cu_seqlens_q[: num_seqs + 1] = inputs.cu_seqlens_q
         host.block_tables[:num_seqs, :width] = inputs.block_tables  # nobody reads the others
         host.logits_indices[:] = inputs.logits_indices
+        if num_rows > num_seqs:
+            host.input_ids[size:] = host.positions[size:] = host.context_lens[num_seqs:] = 0
+            host.slot_mapping[size:] = -1
+            host.cu_seqlens_q[num_seqs + 1 :] = range(num_seqs + 1, num_rows + 1)  # queries of one token
         if self._device is not self._host:
             self._device[: layout.num_bytes].copy_(self._host[: layout.num_bytes], non_blocking=True)
         metadata = AttentionMetadata(
@@ -89,13 +94,6 @@ class InputBuffer:
             max_context_len=max_context_len,
         )
         return StepTensors(device.input_ids, device.positions, metadata, device.logits_indices)
-
-
-def _fill(view: NDArray[np.generic], array: NDArray[np.generic], padding: int | range) -> None:
-    size = len(array)
-    view[:size] = array
-    if size < len(view):
-        view[size:] = padding
 
 
 @dataclass(frozen=True, slots=True)

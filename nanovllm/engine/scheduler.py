@@ -54,6 +54,8 @@ class Scheduler:
         self.capacity = np.zeros(max_num_seqs, np.int64)  # tokens that the sequence's blocks can hold
         self.max_total_tokens = np.zeros(max_num_seqs, np.int64)
         self.in_prefill = np.zeros(max_num_seqs, np.bool_)  # no token was sampled since it started, or started again
+        self._one_each = np.ones(max_num_seqs, np.int64)
+        self._one_each.flags.writeable = False  # batches are views of it
         self._stop_token_ids = set(eos_token_ids)  # of all requests so far
         self.reset()
 
@@ -107,9 +109,9 @@ class Scheduler:
 
     def _share(self, rows: IntArray, budget: int) -> IntArray:
         """[len(rows)]: how many tokens of each to compute, the first of them first, until the budget is used up."""
+        if len(rows) <= budget and not np.count_nonzero(self.in_prefill[rows]):
+            return self._one_each[: len(rows)]
         left: IntArray = self.num_tokens[rows] - self.num_computed_tokens[rows]
-        if len(left) <= budget and not np.count_nonzero(self.in_prefill[rows]):
-            return left  # one of each
         return np.clip(budget - (np.cumsum(left) - left), 0, left)
 
     def _make_room(self, num_tokens: IntArray) -> list[tuple[int, int]]:
