@@ -38,6 +38,7 @@ class HostRunner:
         self._sampled_rows = self.input_batch.apply(batch).sampled_rows
         token_ids = np.full(len(self._sampled_rows), TOKEN, np.int64)
         if self.ranks.rank == 0:
+            self.input_batch.sampling_inputs(self._sampled_rows)
             self.append_sampled(token_ids)
         return token_ids
 

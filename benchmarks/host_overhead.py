@@ -48,6 +48,7 @@ def measure_host_overhead(running: int) -> dict[str, float]:
         inputs = input_batch.apply(batch)
         if inputs.max_seqlen_q == 1:
             input_buffer.upload_decode(inputs, running, max_blocks, MAX_MODEL_LEN)
+        input_batch.sampling_inputs(inputs.sampled_rows)
         sampled = token_ids[: len(inputs.sampled_rows)]
         input_batch.append(inputs.sampled_rows, sampled)
         built = time.perf_counter()

@@ -40,9 +40,6 @@ class StepInputs(NamedTuple):
     max_context_len: int
     sampled_rows: Int64Array  # [num_sampled]: rows of the sequences whose last token is in this step, in batch order
     logits_indices: Int64Array  # [num_sampled]: where that token is among num_tokens
-    temperatures: NDArray[np.float32]  # [num_sampled]
-    uniforms: NDArray[np.float32]  # [num_sampled]
-    sampling_options: SamplingOptions | None  # None: no sampled row uses any
     prompt_targets: tuple[PromptTargets, ...]  # empty: nobody asks for prompt_logprobs
 
 
@@ -67,11 +64,16 @@ def placeholder_inputs(seqlens_q: list[int], context_len: int, max_blocks: int) 
         max_context_len=context_len,
         sampled_rows=np.zeros(num_seqs, np.int64),
         logits_indices=cu_seqlens_q[1:].astype(np.int64) - 1,
-        temperatures=np.ones(num_seqs, np.float32),
-        uniforms=np.zeros(num_seqs, np.float32),
-        sampling_options=None,
         prompt_targets=(),
     )
+
+
+class SamplingInputs(NamedTuple):
+    """How one token of each row is picked."""
+
+    temperatures: NDArray[np.float32]  # [num_rows]
+    uniforms: NDArray[np.float32]  # [num_rows]
+    options: SamplingOptions | None  # None: no row uses any
 
 
 class _Tokens(NamedTuple):
@@ -127,6 +129,12 @@ class InputBatch:
             self._find_last_block(row)
         return self._make_inputs(batch)
 
+    def sampling_inputs(self, rows: Int64Array) -> SamplingInputs:
+        """How the next tokens of `rows` are picked. To be called once for each token, by the rank that samples."""
+        options = self.sampling.options(rows, self.num_tokens, self.token_ids)
+        self._step_has_options = options is not None
+        return SamplingInputs(self.sampling.temperatures[rows], self.sampling.draw(rows), options)
+
     def append(self, rows: Int64Array, token_ids: Int64Array) -> None:
         """Add one sampled token to each of the sequences in `rows`."""
         lengths = self.num_tokens[rows]
@@ -161,9 +169,7 @@ class InputBatch:
         end = begin + batch.num_tokens  # the context after this step
         self.num_computed_tokens[rows] = end
         tokens = self._last_tokens(rows, begin) if batch.is_decode else self._chunks(rows, begin, end)
-        sampled_rows, max_context_len = tokens.sampled_rows, int(end.max())
-        options = self.sampling.options(sampled_rows, self.num_tokens, self.token_ids)
-        self._step_has_options = options is not None
+        max_context_len = int(end.max())
         return StepInputs(
             input_ids=tokens.input_ids,
             positions=tokens.positions,
@@ -173,11 +179,8 @@ class InputBatch:
             block_tables=self.block_tables.take(rows, axis=0)[:, : -(-max_context_len // self.block_size)],
             max_seqlen_q=tokens.max_seqlen_q,
             max_context_len=max_context_len,
-            sampled_rows=sampled_rows,
+            sampled_rows=tokens.sampled_rows,
             logits_indices=tokens.logits_indices,
-            temperatures=self.sampling.temperatures[sampled_rows],
-            uniforms=self.sampling.draw(sampled_rows),
-            sampling_options=options,
             prompt_targets=() if batch.is_decode else self._prompt_targets(rows, begin, end, tokens.cu_seqlens_q),
         )
 

@@ -140,12 +140,13 @@ class ModelRunner:
         return StepOutput(token_ids, logprobs, prompt_logprobs)
 
     def _sample(self, inputs: StepInputs, logits: Tensor) -> tuple[NDArray[np.int64], Logprobs | None]:
-        options = inputs.sampling_options
+        how = self.input_batch.sampling_inputs(inputs.sampled_rows)  # made while a GPU computes the logits
+        options = how.options
         edited, filters = logits, None
         if options is not None:
             filters = options.filters
             edited = logits if options.edits is None else edit_logits(logits, options.edits)
-        sampled = self.sampler(edited, torch.from_numpy(inputs.temperatures), torch.from_numpy(inputs.uniforms), filters)
+        sampled = self.sampler(edited, torch.from_numpy(how.temperatures), torch.from_numpy(how.uniforms), filters)
         token_ids: NDArray[np.int64] = sampled.numpy()
         if token_ids.min() < 0:
             seq_id = self.input_batch.seq_ids[inputs.sampled_rows[token_ids.argmin()]]
@@ -204,7 +205,7 @@ class ModelRunner:
             inputs = placeholder_inputs(seqlens_q, self.max_model_len, self.input_batch.max_blocks)
             step = self.input_buffer.upload(inputs)
             logits = self.model.compute_logits(self._forward(step)[step.logits_indices])
-            self.sampler(logits, torch.from_numpy(inputs.temperatures), torch.from_numpy(inputs.uniforms))
+            self.sampler(logits, torch.ones(len(logits)), torch.zeros(len(logits)))
             self._wait()  # the input buffer is used again
 
     @torch.inference_mode()

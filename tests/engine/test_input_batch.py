@@ -1,5 +1,6 @@
 """InputBatch against a computation of the same inputs token by token."""
 
+from array import array
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from random import Random
@@ -25,16 +26,17 @@ class Row:
     seed: int = 0
     num_computed_tokens: int = 0
     index: int = 0
+    repetition_penalty: float = 1.0
 
     def start(self) -> StartedSequence:
         return StartedSequence(
             row=self.index,
             seq_id=self.seq_id,
-            token_ids=tuple(self.token_ids),
+            token_ids=array("i", self.token_ids),
             num_prompt_tokens=self.num_prompt_tokens,
             num_computed_tokens=self.num_computed_tokens,
             block_table=tuple(self.block_table),
-            sampling_params=SamplingParams(temperature=self.temperature),
+            sampling_params=SamplingParams(temperature=self.temperature, repetition_penalty=self.repetition_penalty),
             seed=self.seed,
         )
 
@@ -55,8 +57,12 @@ def make_batch(
     )
 
 
-def expect(inputs: StepInputs, input_batch: InputBatch, work: Items[tuple[Row, int]]) -> None:
-    """Check the inputs of a step, token by token, and take the tokens as computed."""
+def expect(inputs: StepInputs, input_batch: InputBatch, work: Items[tuple[Row, int]]) -> list[Row]:
+    """Check the inputs of a step, token by token, and take the tokens as computed.
+
+    Returns:
+        Whose last token is in the step.
+    """
     block_size = input_batch.block_size
     token_ids, positions, slots, ends, indices, sampled = [], [], [], [0], [], []
     for index, (row, num_tokens) in enumerate(work):
@@ -82,8 +88,7 @@ def expect(inputs: StepInputs, input_batch: InputBatch, work: Items[tuple[Row, i
     assert inputs.logits_indices.tolist() == indices
     assert inputs.sampled_rows.tolist() == [row.index for row in sampled]
     assert input_batch.seq_ids[inputs.sampled_rows].tolist() == [row.seq_id for row in sampled]
-    assert inputs.temperatures.tolist() == [np.float32(row.temperature) for row in sampled]
-    assert inputs.uniforms.tolist() == [expected_uniform(row) for row in sampled]
+    return sampled
 
 
 def expected_uniform(row: Row) -> float:
@@ -92,16 +97,22 @@ def expected_uniform(row: Row) -> float:
     return float(uniform(np.array([row.seed], np.uint64), np.array([index], np.uint64))[0])
 
 
-def apply(input_batch: InputBatch, work: Items[tuple[Row, int]], **changes: Items[object]) -> StepInputs:
-    """One step, checked; sequences whose last token was in it get the next one."""
+def apply(input_batch: InputBatch, work: Items[tuple[Row, int]], **changes: Items[object]) -> list[float]:
+    """One step, checked; sequences whose last token was in it get the next one.
+
+    Returns:
+        The numbers to pick these with.
+    """
     inputs = input_batch.apply(make_batch(work, **changes))  # type: ignore[arg-type]
-    expect(inputs, input_batch, work)
-    sampled = [row for row, _ in work if row.num_computed_tokens == len(row.token_ids)]
+    sampled = expect(inputs, input_batch, work)
+    how = input_batch.sampling_inputs(inputs.sampled_rows)
+    assert how.temperatures.tolist() == [np.float32(row.temperature) for row in sampled]
+    assert how.uniforms.tolist() == [expected_uniform(row) for row in sampled]
     new = [300 + 7 * row.seq_id + len(row.token_ids) for row in sampled]
     input_batch.append(inputs.sampled_rows, np.array(new, np.int64))
     for row, token_id in zip(sampled, new, strict=True):
         row.token_ids.append(token_id)
-    return inputs
+    return how.uniforms.tolist()
 
 
 class RandomLife:
@@ -185,20 +196,23 @@ def test_random_mixtures_of_chunks_and_decodes(seed: int) -> None:
 
 def test_dtypes() -> None:
     row = Row(0, [5, 6, 7], 3, [2])
-    inputs = InputBatch(2, 8, 4).apply(make_batch([(row, 3)], started=[row]))
+    input_batch = InputBatch(2, 8, 4)
+    inputs = input_batch.apply(make_batch([(row, 3)], started=[row]))
     for name in ("input_ids", "positions", "slot_mapping", "sampled_rows", "logits_indices"):
         assert getattr(inputs, name).dtype == np.int64, name
     for name in ("cu_seqlens_q", "context_lens", "block_tables"):
         assert getattr(inputs, name).dtype == np.int32, name
-    for name in ("temperatures", "uniforms"):
-        assert getattr(inputs, name).dtype == np.float32, name
+    how = input_batch.sampling_inputs(inputs.sampled_rows)
+    assert how.temperatures.dtype == how.uniforms.dtype == np.float32
 
 
 def test_a_step_in_which_nobody_samples() -> None:
     row = Row(0, [5, 6, 7], 3, [2])
-    inputs = InputBatch(1, 8, 4).apply(make_batch([(row, 2)], started=[row]))
-    for array in (inputs.sampled_rows, inputs.logits_indices, inputs.temperatures, inputs.uniforms):
-        assert array.shape == (0,)
+    input_batch = InputBatch(1, 8, 4)
+    inputs = input_batch.apply(make_batch([(row, 2)], started=[row]))
+    how = input_batch.sampling_inputs(inputs.sampled_rows)
+    for values in (inputs.sampled_rows, inputs.logits_indices, how.temperatures, how.uniforms):
+        assert values.shape == (0,)
     assert inputs.logits_indices.dtype == np.int64
 
 
@@ -262,7 +276,7 @@ def test_a_preempted_sequence_goes_on_with_the_numbers_that_it_would_have_had() 
         started = [row, other]
         for index in range(10):
             work = [(row, len(row.token_ids) - row.num_computed_tokens), (other, 1)]
-            numbers.append(float(apply(input_batch, work, started=started).uniforms[0]))
+            numbers.append(apply(input_batch, work, started=started)[0])
             started = []
             if index in preempt_after:
                 row.num_computed_tokens = len(row.token_ids) // 8 * 4
@@ -286,17 +300,22 @@ def test_all_seeds_are_kept_whole(seed: int) -> None:
 def test_the_token_that_reaches_max_model_len() -> None:
     input_batch, row = InputBatch(2, 6, 4), Row(0, [1, 2, 3, 4, 5], 5, [0, 1])
     other = Row(1, [7], 1, [2], index=1)
-    inputs = apply(input_batch, [(row, 5), (other, 1)], started=[row, other])
+    numbers = apply(input_batch, [(row, 5), (other, 1)], started=[row, other])
     assert len(row.token_ids) == 6
-    assert inputs.sampled_rows.shape == (2,)
+    assert len(numbers) == 2
     apply(input_batch, [(other, 1)])
 
 
 def test_tokens_beyond_max_model_len_touch_no_other_row() -> None:
     input_batch = InputBatch(2, 4, 4)
-    rows = [Row(0, [1, 2, 3, 4], 4, [0]), Row(1, [7, 8], 2, [1], index=1)]
+    rows = [
+        Row(0, [1, 2, 3, 4], 4, [0], repetition_penalty=2.0),  # penalties need all tokens
+        Row(1, [7, 8], 2, [1], index=1, repetition_penalty=2.0),
+    ]
     inputs = input_batch.apply(make_batch([(rows[0], 4), (rows[1], 2)], started=rows))
+    input_batch.sampling_inputs(inputs.sampled_rows)
     input_batch.append(inputs.sampled_rows, np.array([99, 9]))
+    assert input_batch.token_ids[1, :3].tolist() == [7, 8, 9]
     rows[1].num_computed_tokens = 2
     rows[1].token_ids.append(9)
     apply(input_batch, [(rows[1], 1)])

@@ -241,7 +241,8 @@ class Simulation:
         ends = inputs.cu_seqlens_q[1:].tolist()
         sampling = [ends.index(index + 1) for index in inputs.logits_indices.tolist()]
         last = [self.slots(inputs, index, int(inputs.context_lens[index]))[-1] for index in sampling]
-        new = [next_token(self.kv_cache[slot], float(u)) for slot, u in zip(last, inputs.uniforms, strict=True)]
+        uniforms = self.input_batch.sampling_inputs(inputs.sampled_rows).uniforms.tolist()
+        new = [next_token(self.kv_cache[slot], number) for slot, number in zip(last, uniforms, strict=True)]
         tokens = np.array(new, np.int64)
         self.input_batch.append(inputs.sampled_rows, tokens)
         return tokens
