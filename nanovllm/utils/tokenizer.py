@@ -108,12 +108,23 @@ def _check_range(name: str, token_ids: list[int], vocab_size: int) -> list[int] 
 
 def _encode(texts: dict[int, str], tokenizer: PreTrainedTokenizerBase) -> dict[int, list[int]]:
     """The token ids of texts, in one call."""
-    encoded = dict(zip(texts, tokenizer(list(texts.values()))["input_ids"], strict=True))
+    encoded = dict(zip(texts, _encode_batch(list(texts.values()), tokenizer), strict=True))
     if tokenizer.bos_token is not None:
         for index, text in texts.items():
             if text.startswith(tokenizer.bos_token):
                 _drop_second_bos(encoded[index], text, tokenizer)
     return encoded
+
+
+def _encode_batch(texts: list[str], tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool = True) -> list[list[int]]:
+    """What `tokenizer(texts)["input_ids"]` is, in two thirds of the time where the tokenizer is one of Rust."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        token_ids: list[list[int]] = tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]
+        return token_ids
+    backend.no_truncation()  # which its file may ask for, and Transformers undoes
+    backend.no_padding()
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
 
 
 def _drop_second_bos(token_ids: list[int], text: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -153,7 +164,7 @@ def render_chats(
     ]
     texts = [text for text in rendered if isinstance(text, str)]
     # The template writes the special tokens itself.
-    encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if tokenizer is not None and texts else [])
+    encoded = iter(_encode_batch(texts, tokenizer, add_special_tokens=False) if tokenizer is not None and texts else [])
     return [next(encoded) if isinstance(text, str) else text for text in rendered]
 
 

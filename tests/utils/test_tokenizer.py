@@ -1,9 +1,11 @@
 """tokenize: what is done with a beginning-of-sequence token that a text already has."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from nanovllm.utils.tokenizer import raise_refused, tokenize
 
@@ -23,9 +25,9 @@ class StubTokenizer:
     def bos_token_id(self) -> int | None:
         return BOS if self.bos_token else None
 
-    def __call__(self, texts: list[str]) -> dict[str, list[list[int]]]:
+    def __call__(self, texts: list[str], add_special_tokens: bool = True) -> dict[str, list[list[int]]]:
         self.calls.append(texts)
-        return {"input_ids": [[BOS] * self.adds_bos + self.encode(text) for text in texts]}
+        return {"input_ids": [[BOS] * (self.adds_bos and add_special_tokens) + self.encode(text) for text in texts]}
 
     def encode(self, text: str) -> list[int]:
         pieces = text.split("<s>")
@@ -74,3 +76,14 @@ def test_all_texts_are_tokenized_in_one_call() -> None:
 
 def test_an_empty_text_that_begins_with_the_token_is_that_token() -> None:
     assert run(StubTokenizer(), "", "<s>") == [[BOS], [BOS]]
+
+
+def test_tokens_are_those_of_transformers_and_all_of_them(tiny_text_model: Path) -> None:
+    """Also where the tokenizer's own file asks for truncation and padding."""
+    texts = ["one two three four five six", "Привет, мир", "<|im_start|>user", " "]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_text_model)
+    expected = tokenizer(texts)["input_ids"]
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    tokenizer.backend_tokenizer.enable_padding(length=50)
+    checked = tokenize(texts, texts, tokenizer, len(tokenizer))
+    assert raise_refused(checked) == expected
