@@ -218,8 +218,8 @@ class LLMEngine:
                 raise ValueError(f"{option} of {name} has token {wrong[0]}; the vocabulary is 0 to {last}")
         if params.stop and self.tokenizer is None:
             raise ValueError(f"{name} has stop strings, but the checkpoint has no tokenizer: use stop_token_ids")
-        ends = self.scheduler.stop_token_ids(params)
-        if params.min_tokens > 0 and params.allowed_token_ids is not None and ends.issuperset(params.allowed_token_ids):
+        allowed = params.allowed_token_ids if params.min_tokens > 0 else None
+        if allowed is not None and self.scheduler.stop_token_ids(params).issuperset(allowed):
             raise ValueError(
                 f"{name} has allowed_token_ids that all end the output, but min_tokens={params.min_tokens}: "
                 f"nothing could be sampled. Allow another token or lower min_tokens"
