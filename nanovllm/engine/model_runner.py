@@ -16,20 +16,16 @@ from nanovllm.engine.cuda_graph import Capture, CudaCapture, DecodeGraphs, Run, 
 from nanovllm.engine.input_batch import InputBatch, StepInputs, placeholder_inputs
 from nanovllm.engine.input_buffer import InputBuffer, StepTensors
 from nanovllm.engine.kv_cache import allocate_kv_cache, decide_num_blocks
+from nanovllm.engine.model_loading import load_model
 from nanovllm.engine.scheduled_batch import ScheduledBatch
-from nanovllm.layers.cpu_layers import fuse_layers
-from nanovllm.layers.fixed_rows import fix_rows
 from nanovllm.layers.logits_processors import edit_logits
 from nanovllm.layers.logprobs import Logprobs, compute_logprobs, compute_prompt_logprobs
-from nanovllm.layers.packed_weight import pack_weights
 from nanovllm.layers.sampler import Sampler
 from nanovllm.models import get_model_class
 from nanovllm.models.config import ModelConfig
 from nanovllm.utils.compile import compile_layers
 from nanovllm.utils.context import ForwardContext, forward_context
-from nanovllm.utils.cpu_build import load_kernels
 from nanovllm.utils.device import choose_device, choose_dtype
-from nanovllm.utils.loader import load_weights, materialize
 from nanovllm.utils.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -70,18 +66,6 @@ class ModelRunner:
         self.ranks = ranks
         self.device = ranks.place(choose_device(config.device))
         self.dtype = choose_dtype(config.dtype, model_config.dtype, self.device)
-        with torch.device("meta"):
-            model = get_model_class(model_config.architecture)(model_config, max_model_len, ranks)
-        materialize(model, self.dtype, self.device)
-        load_weights(model, folder, ranks)
-        pack_weights(model)
-        self.model = model.to(self.device).eval()  # the tables of the rotary embedding are still to be moved
-        self.sampler = Sampler()
-        if config.batch_invariant:
-            fix_rows(self.model)
-        elif self.device.type == "cuda" and not config.enforce_eager:
-            compile_layers(self.model)
-            compile_layers(self.sampler)
 
         def make_spec(backend: type[AttentionBackend]) -> AttentionSpec:
             return AttentionSpec(
@@ -95,8 +79,13 @@ class ModelRunner:
             )
 
         self.backend = choose_backend(config.attention_backend, make_spec)
-        if self.backend.HAS_LAYER_KERNELS:
-            fuse_layers(self.model, load_kernels())
+        with torch.device("meta"):
+            self.model = get_model_class(model_config.architecture)(model_config, max_model_len, ranks)
+        load_model(self.model, folder, self.backend, ranks)
+        self.sampler = Sampler()
+        if self.device.type == "cuda" and not (config.enforce_eager or config.batch_invariant):
+            compile_layers(self.model)
+            compile_layers(self.sampler)
         self.block_size = self.backend.spec.block_size
         self.max_model_len = max_model_len
         self.max_num_batched_tokens = config.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[self.device.type]

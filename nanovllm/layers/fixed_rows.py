@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nanovllm.layers.embed_head import ParallelLMHead
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import ParallelLinear
+from nanovllm.layers.packed_weight import is_packed
 from nanovllm.utils.methods import replace_methods
 
 ROWS = 64  # enough to be no slower than a few rows where weights are read from memory, few enough not to waste many
@@ -34,7 +35,7 @@ def _by_tiles(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor
 
     def forward_tiles(layer: nn.Module, x: Tensor) -> Tensor:
         weight = layer.weight
-        if isinstance(weight, Tensor) and weight.is_mkldnn:
+        if isinstance(weight, Tensor) and is_packed(weight):
             return forward(layer, x)
         num_rows = len(x)
         padded = F.pad(x, (0, 0) * (x.dim() - 1) + (0, -num_rows % ROWS))

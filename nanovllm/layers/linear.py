@@ -23,12 +23,17 @@ class ParallelLinear(nn.Module):
 
     def __init__(self, input_size: int, output_size: int, bias: bool) -> None:
         super().__init__()
+        self.output_size = output_size
         self.weight = nn.Parameter(torch.empty(output_size, input_size))
         self.bias = nn.Parameter(torch.empty(output_size)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[num_tokens, input_size] -> [num_tokens, output_size]."""
-        return linear(x, self.weight, self.bias)
+        return self.multiply(x, self.bias)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """[num_tokens, input_size] -> [num_tokens, output_size], of this rank's part."""
+        return linear(x, self.weight, bias)
 
     def pack(self) -> None:
         """See `Packable`."""
@@ -75,7 +80,7 @@ class RowParallelLinear(ParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[num_tokens, this rank's part of input_size] -> [num_tokens, output_size]."""
-        return self.ranks.all_reduce(linear(x, self.weight, self.bias if self.ranks.rank == 0 else None))
+        return self.ranks.all_reduce(self.multiply(x, self.bias if self.ranks.rank == 0 else None))
 
     def load_part(self, name: str, tensor: CheckpointTensor, part: str) -> None:
         """See `LoadsParts`. The bias is whole on every rank."""

@@ -1,4 +1,4 @@
-"""Weights of linear layers in the layout that oneDNN multiplies fastest on this CPU.
+"""Weights of linear layers in the layout that oneDNN multiplies fastest on this CPU: see cpu_linear.py for float32.
 
 `F.linear` brings a weight into that layout at every call. Packed once, the product is up to twice as fast for the few rows
 of a decode step, and each row's result is the same, bit for bit, whatever the number of rows (plain float32 products of 1
@@ -48,6 +48,11 @@ def can_pack(weight: Tensor) -> bool:
     if weight.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return weight.dtype == torch.float32
+
+
+def is_packed(weight: Tensor) -> bool:
+    """Whether it is in a layout of products: oneDNN's, or that of cpu_linear.cpp."""
+    return weight.is_mkldnn or weight.dim() == 3
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

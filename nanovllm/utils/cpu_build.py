@@ -30,6 +30,7 @@ SOURCES = (
     PACKAGE / "utils" / "cpu_math.h",
     PACKAGE / "attention" / "cpu_paged_attention.cpp",
     PACKAGE / "layers" / "cpu_layers.cpp",
+    PACKAGE / "layers" / "cpu_linear.cpp",
 )
 TIMEOUT = 600  # seconds for a build that usually takes 20
 

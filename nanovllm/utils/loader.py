@@ -17,7 +17,7 @@ from nanovllm.utils.ranks import Ranks, Shard
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-DTYPES = ("F64", "F32", "BF16", "F16")  # as safetensors names them
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by safetensors' names
 
 
 class CheckpointTensor(Protocol):
@@ -49,15 +49,24 @@ class CheckpointModule(nn.Module):
     tied: tuple[str, ...] = ()  # tensors that are shared with another; a checkpoint may repeat them
 
 
-def materialize(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Replace the model's meta parameters by uninitialised ones; shared parameters stay shared."""
+def materialize(
+    model: nn.Module, dtype: torch.dtype, device: torch.device, matrix_dtype: torch.dtype | None = None
+) -> None:
+    """Replace the model's meta parameters by uninitialised ones; shared parameters stay shared.
+
+    Args:
+        model: changed in place.
+        dtype, device: of the parameters.
+        matrix_dtype: of those with two dimensions, if it is another.
+    """
     replaced: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
             if parameter not in replaced:
-                memory = torch.empty(parameter.shape, dtype=dtype, device=device)
+                own_dtype = matrix_dtype if matrix_dtype is not None and parameter.dim() == 2 else dtype
+                memory = torch.empty(parameter.shape, dtype=own_dtype, device=device)
                 replaced[parameter] = nn.Parameter(memory, requires_grad=False)
             module._parameters[name] = replaced[parameter]
 
@@ -115,6 +124,17 @@ def checkpoint_files(folder: Path) -> list[Path]:
     if not files:
         raise FileNotFoundError(f"{folder} has no *.safetensors file; other formats, such as *.bin, are not loaded")
     return files
+
+
+def stored_matrix_dtype(folder: Path) -> torch.dtype:
+    """The 16-bit dtype that all matrices of a checkpoint have; else float32, which holds what they have."""
+    dtypes = {
+        tensor.get_dtype()
+        for file in checkpoint_files(folder)
+        for _, tensor in _tensors_of(file)
+        if len(tensor.get_shape()) == 2
+    }
+    return DTYPES[dtypes.pop()] if dtypes in ({"BF16"}, {"F16"}) else torch.float32
 
 
 def copy_slice(target: Tensor, tensor: CheckpointTensor, dim: int = 0, shard: Shard | None = None) -> None:

@@ -1,0 +1,242 @@
+// Matrix products of linear layers in float32, on a CPU: activations times a weight that is kept in the checkpoint's dtype.
+// Called by cpu_linear.py.
+//
+// Where a CPU has no instructions for 16-bit products, a model runs in float32. Its weights need not: widened as they are
+// used, they take half the memory, and half the time to read, which is what a decode step of few sequences waits for.
+//
+// A packed weight is [num_panels, input_size, PANEL]: the weights that PANEL outputs give to an input lie side by side. A
+// tile of the product, TILE_ROWS rows by PANEL outputs, is held in registers while the inputs go by. Where there are many
+// rows, DEPTH inputs of a panel are widened once, into the first-level cache, and the rows of activations go past.
+//
+// Each value of the product is one chain of fused multiply-adds, from the first input to the last, whatever the number of
+// rows and threads: bit for bit the same.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/functional.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <type_traits>
+
+#include "../utils/cpu_math.h"
+
+namespace {
+namespace linear {
+
+using Vec = at::vec::Vectorized<float>;
+
+constexpr int64_t PANEL = 2 * Vec::size();
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int64_t TILE_ROWS = 12;  // with 32 registers
+#else
+constexpr int64_t TILE_ROWS = 6;  // with 16
+#endif
+constexpr int64_t DEPTH = 256;
+constexpr int64_t MAX_ROWS = 192;               // whose activations stay in the second-level cache while panels go by
+constexpr int64_t DIRECT_ROWS = 2 * TILE_ROWS;  // up to so many, widening at each use costs less than storing
+constexpr int64_t AHEAD = 8192;                 // bytes: a stream from memory stops at each page unless it is asked to go on
+
+int64_t count_panels(int64_t output_size) { return (output_size + PANEL - 1) / PANEL; }
+
+struct Values {  // of a panel
+  Vec low, high;
+};
+
+template <class T>
+ALWAYS_INLINE Values widen(const T* source) {
+  if constexpr (std::is_same_v<T, float>) {
+    return {Vec::loadu(source), Vec::loadu(source + Vec::size())};
+  } else {
+    const auto [low, high] = at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(source));
+    return {low, high};
+  }
+}
+
+// out[ROWS][PANEL] += x[ROWS][depth] times weight[depth][PANEL].
+template <int64_t ROWS, class T>
+void multiply_tile(const float* x, int64_t x_stride, const T* weight, int64_t depth, float* out, int64_t out_stride) {
+  Values sums[ROWS];
+#pragma GCC unroll 16
+  for (int64_t row = 0; row < ROWS; ++row) sums[row] = widen(out + row * out_stride);
+  for (int64_t k = 0; k < depth; ++k) {
+    const Values w = widen(weight + k * PANEL);
+#pragma GCC unroll 16
+    for (int64_t row = 0; row < ROWS; ++row) {
+      const Vec value(x[row * x_stride + k]);
+      sums[row].low = at::vec::fmadd(value, w.low, sums[row].low);
+      sums[row].high = at::vec::fmadd(value, w.high, sums[row].high);
+    }
+  }
+#pragma GCC unroll 16
+  for (int64_t row = 0; row < ROWS; ++row) {
+    sums[row].low.store(out + row * out_stride);
+    sums[row].high.store(out + row * out_stride + Vec::size());
+  }
+}
+
+template <class T>
+using Tile = void (*)(const float*, int64_t, const T*, int64_t, float*, int64_t);
+
+template <class T, int64_t... ROWS>
+constexpr std::array<Tile<T>, sizeof...(ROWS)> all_tiles(std::integer_sequence<int64_t, ROWS...>) {
+  return {multiply_tile<ROWS + 1, T>...};
+}
+
+template <class T>
+constexpr auto TILES = all_tiles<T>(std::make_integer_sequence<int64_t, TILE_ROWS>());
+
+// Rows in tiles of about equal size.
+template <class T>
+void multiply_rows(
+    const float* x, int64_t x_stride, int64_t num_rows, const T* weight, int64_t depth, float* out, int64_t out_stride) {
+  const int64_t num_tiles = (num_rows + TILE_ROWS - 1) / TILE_ROWS;
+  for (int64_t tile = 0, row = 0; tile < num_tiles; ++tile) {
+    const int64_t rows = (num_rows - row) / (num_tiles - tile);
+    TILES<T>[rows - 1](x + row * x_stride, x_stride, weight, depth, out + row * out_stride, out_stride);
+    row += rows;
+  }
+}
+
+// At most DEPTH inputs of a panel.
+template <class T>
+void multiply_inputs(
+    const float* x, int64_t x_stride, int64_t num_rows, const T* weight, int64_t depth, float* out, int64_t out_stride) {
+  if (std::is_same_v<T, float> || num_rows <= DIRECT_ROWS) {
+    return multiply_rows(x, x_stride, num_rows, weight, depth, out, out_stride);
+  }
+  alignas(64) float widened[DEPTH * PANEL];
+  for (int64_t k = 0; k < depth; ++k) {
+    __builtin_prefetch(reinterpret_cast<const char*>(weight + k * PANEL) + AHEAD, 0, 2);
+    const Values w = widen(weight + k * PANEL);
+    w.low.store(widened + k * PANEL);
+    w.high.store(widened + k * PANEL + Vec::size());
+  }
+  multiply_rows<float>(x, x_stride, num_rows, widened, depth, out, out_stride);
+}
+
+struct Shape {
+  int64_t num_rows, input_size, output_size;
+};
+
+// One panel of the product of at most MAX_ROWS rows.
+template <class T>
+void multiply_panel(const float* x, const T* weight, const float* bias, const Shape& shape, int64_t panel, float* out) {
+  alignas(64) float edge[MAX_ROWS * PANEL];  // in place of `out` for a panel that reaches beyond it
+  const int64_t width = std::min(PANEL, shape.output_size - panel * PANEL);
+  float* target = width == PANEL ? out + panel * PANEL : edge;
+  const int64_t stride = width == PANEL ? shape.output_size : PANEL;
+  for (int64_t row = 0; row < shape.num_rows; ++row) {
+    if (bias == nullptr) std::fill_n(target + row * stride, width, 0.0f);
+    else std::copy_n(bias + panel * PANEL, width, target + row * stride);
+  }
+  const T* values = weight + panel * shape.input_size * PANEL;
+  for (int64_t k = 0; k < shape.input_size; k += DEPTH) {
+    const int64_t depth = std::min(DEPTH, shape.input_size - k);
+    multiply_inputs(x + k, shape.input_size, shape.num_rows, values + k * PANEL, depth, target, stride);
+  }
+  if (width < PANEL) {
+    for (int64_t row = 0; row < shape.num_rows; ++row) {
+      std::copy_n(edge + row * PANEL, width, out + row * shape.output_size + panel * PANEL);
+    }
+  }
+}
+
+template <class T>
+void multiply(const float* x, const T* weight, const float* bias, const Shape& shape, float* out) {
+  const int64_t num_panels = count_panels(shape.output_size);
+  const int64_t num_blocks = (shape.num_rows + MAX_ROWS - 1) / MAX_ROWS;
+  at::parallel_for(0, num_blocks * num_panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t block = task / num_panels;
+      const int64_t row = block * shape.num_rows / num_blocks, last = (block + 1) * shape.num_rows / num_blocks;
+      const Shape part{last - row, shape.input_size, shape.output_size};
+      multiply_panel(x + row * shape.input_size, weight, bias, part, task % num_panels, out + row * shape.output_size);
+    }
+  });
+}
+
+template <class Body>
+void with_weight_dtype(const at::Tensor& weight, const Body& body) {
+  switch (weight.scalar_type()) {
+    case at::kFloat:
+      return body.template operator()<float>();
+    case at::kHalf:
+      return body.template operator()<at::Half>();
+    case at::kBFloat16:
+      return body.template operator()<at::BFloat16>();
+    default:
+      TORCH_CHECK(false, "no product with weights of ", weight.scalar_type());
+  }
+}
+
+// [output_size, input_size] -> [num_panels, input_size, PANEL], zeros beyond output_size.
+at::Tensor pack(const at::Tensor& weight) {
+  TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "expected a contiguous weight, got ", weight.sizes());
+  const int64_t output_size = weight.size(0), input_size = weight.size(1), num_panels = count_panels(output_size);
+  at::Tensor packed = weight.new_empty({num_panels, input_size, PANEL});
+  with_weight_dtype(weight, [&]<class T>() {
+    const T* source = weight.const_data_ptr<T>();
+    T* target = packed.mutable_data_ptr<T>();
+    at::parallel_for(0, num_panels, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; ++panel) {
+        const int64_t width = std::min(PANEL, output_size - panel * PANEL);
+        for (int64_t k = 0; k < input_size; ++k) {
+          T* values = target + (panel * input_size + k) * PANEL;
+          for (int64_t output = 0; output < width; ++output) values[output] = source[(panel * PANEL + output) * input_size + k];
+          std::fill(values + width, values + PANEL, T(0));
+        }
+      }
+    });
+  });
+  return packed;
+}
+
+// Rows of what was packed, widened: token_ids int64 [num_tokens] -> float32 [num_tokens, input_size].
+at::Tensor look_up(const at::Tensor& token_ids, const at::Tensor& weight) {
+  TORCH_CHECK(token_ids.dim() == 1 && token_ids.is_contiguous() && token_ids.scalar_type() == at::kLong, "not token ids");
+  TORCH_CHECK(weight.dim() == 3 && weight.size(2) == PANEL, "not a packed weight: ", weight.sizes());
+  const int64_t num_tokens = token_ids.size(0), input_size = weight.size(1);
+  at::Tensor out = weight.new_empty({num_tokens, input_size}, at::kFloat);
+  const int64_t* tokens = token_ids.const_data_ptr<int64_t>();
+  float* target = out.mutable_data_ptr<float>();
+  with_weight_dtype(weight, [&]<class T>() {
+    const T* values = weight.const_data_ptr<T>();
+    at::parallel_for(0, num_tokens, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t index = begin; index < end; ++index) {
+        const int64_t token = tokens[index];
+        TORCH_CHECK_INDEX(token >= 0 && token < weight.size(0) * PANEL, "token ", token, " is not in the table");
+        const T* row = values + token / PANEL * input_size * PANEL + token % PANEL;
+        for (int64_t k = 0; k < input_size; ++k) target[index * input_size + k] = static_cast<float>(row[k * PANEL]);
+      }
+    });
+  });
+  return out;
+}
+
+// x [num_rows, input_size] times a packed weight, plus bias -> [num_rows, output_size].
+at::Tensor product(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, int64_t output_size) {
+  TORCH_CHECK(x.dim() == 2 && x.scalar_type() == at::kFloat, "expected float32 [num_rows, input_size], got ", x.sizes());
+  const bool fits = weight.dim() == 3 && weight.size(1) == x.size(1) && weight.size(2) == PANEL &&
+                    weight.size(0) == count_panels(output_size);
+  TORCH_CHECK(fits, "a packed weight ", weight.sizes(), " does not fit an input ", x.sizes());
+  const at::Tensor rows = x.contiguous();
+  at::Tensor out = x.new_empty({x.size(0), output_size});
+  const float* added = bias.has_value() ? bias->const_data_ptr<float>() : nullptr;
+  with_weight_dtype(weight, [&]<class T>() {
+    multiply(rows.const_data_ptr<float>(), weight.const_data_ptr<T>(), added, {x.size(0), x.size(1), output_size},
+             out.mutable_data_ptr<float>());
+  });
+  return out;
+}
+
+}  // namespace linear
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(NANOVLLM_OPS, library) {
+  library.def("pack_weight(Tensor weight) -> Tensor", &linear::pack);
+  library.def("look_up(Tensor token_ids, Tensor weight) -> Tensor", &linear::look_up);
+  library.def("linear(Tensor x, Tensor weight, Tensor? bias, int output_size) -> Tensor", &linear::product);
+}
