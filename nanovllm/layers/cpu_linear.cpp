@@ -47,33 +47,43 @@ struct Values {  // of a panel
 
 template <class T>
 ALWAYS_INLINE Values widen(const T* source) {
+  Values values;
   if constexpr (std::is_same_v<T, float>) {
-    return {Vec::loadu(source), Vec::loadu(source + Vec::size())};
-  } else {
-    const auto [low, high] = at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(source));
-    return {low, high};
+    values = {Vec::loadu(source), Vec::loadu(source + Vec::size())};
+  } else {  // half by half, each by one instruction that loads and extends
+    at::vec::load_to_float<T>(source, values.low);
+    at::vec::load_to_float<T>(source + Vec::size(), values.high);
   }
+  return values;
 }
+
+// Bring what will be needed soon into the second-level cache: the first has enough to hold.
+ALWAYS_INLINE void ask_for(const void* now) { __builtin_prefetch(static_cast<const char*>(now) + AHEAD, 0, 2); }
 
 // out[ROWS][PANEL] += x[ROWS][depth] times weight[depth][PANEL].
 template <int64_t ROWS, class T>
 void multiply_tile(const float* x, int64_t x_stride, const T* weight, int64_t depth, float* out, int64_t out_stride) {
-  Values sums[ROWS];
+  Vec low[ROWS], high[ROWS];
 #pragma GCC unroll 16
-  for (int64_t row = 0; row < ROWS; ++row) sums[row] = widen(out + row * out_stride);
+  for (int64_t row = 0; row < ROWS; ++row) {
+    low[row] = Vec::loadu(out + row * out_stride);
+    high[row] = Vec::loadu(out + row * out_stride + Vec::size());
+  }
   for (int64_t k = 0; k < depth; ++k) {
+    // With more rows, GCC would no longer keep all sums in registers.
+    if constexpr (ROWS <= 4 && !std::is_same_v<T, float>) ask_for(weight + k * PANEL);
     const Values w = widen(weight + k * PANEL);
 #pragma GCC unroll 16
     for (int64_t row = 0; row < ROWS; ++row) {
       const Vec value(x[row * x_stride + k]);
-      sums[row].low = at::vec::fmadd(value, w.low, sums[row].low);
-      sums[row].high = at::vec::fmadd(value, w.high, sums[row].high);
+      low[row] = at::vec::fmadd(value, w.low, low[row]);
+      high[row] = at::vec::fmadd(value, w.high, high[row]);
     }
   }
 #pragma GCC unroll 16
   for (int64_t row = 0; row < ROWS; ++row) {
-    sums[row].low.store(out + row * out_stride);
-    sums[row].high.store(out + row * out_stride + Vec::size());
+    low[row].store(out + row * out_stride);
+    high[row].store(out + row * out_stride + Vec::size());
   }
 }
 
@@ -109,7 +119,7 @@ void multiply_inputs(
   }
   alignas(64) float widened[DEPTH * PANEL];
   for (int64_t k = 0; k < depth; ++k) {
-    __builtin_prefetch(reinterpret_cast<const char*>(weight + k * PANEL) + AHEAD, 0, 2);
+    ask_for(weight + k * PANEL);
     const Values w = widen(weight + k * PANEL);
     w.low.store(widened + k * PANEL);
     w.high.store(widened + k * PANEL + Vec::size());
@@ -118,7 +128,7 @@ void multiply_inputs(
 }
 
 struct Shape {
-  int64_t num_rows, input_size, output_size;
+  int64_t num_rows, input_size, output_size, x_stride;
 };
 
 // One panel of the product of at most MAX_ROWS rows.
@@ -135,7 +145,7 @@ void multiply_panel(const float* x, const T* weight, const float* bias, const Sh
   const T* values = weight + panel * shape.input_size * PANEL;
   for (int64_t k = 0; k < shape.input_size; k += DEPTH) {
     const int64_t depth = std::min(DEPTH, shape.input_size - k);
-    multiply_inputs(x + k, shape.input_size, shape.num_rows, values + k * PANEL, depth, target, stride);
+    multiply_inputs(x + k, shape.x_stride, shape.num_rows, values + k * PANEL, depth, target, stride);
   }
   if (width < PANEL) {
     for (int64_t row = 0; row < shape.num_rows; ++row) {
@@ -152,8 +162,8 @@ void multiply(const float* x, const T* weight, const float* bias, const Shape& s
     for (int64_t task = begin; task < end; ++task) {
       const int64_t block = task / num_panels;
       const int64_t row = block * shape.num_rows / num_blocks, last = (block + 1) * shape.num_rows / num_blocks;
-      const Shape part{last - row, shape.input_size, shape.output_size};
-      multiply_panel(x + row * shape.input_size, weight, bias, part, task % num_panels, out + row * shape.output_size);
+      const Shape part{last - row, shape.input_size, shape.output_size, shape.x_stride};
+      multiply_panel(x + row * shape.x_stride, weight, bias, part, task % num_panels, out + row * shape.output_size);
     }
   });
 }
@@ -216,18 +226,27 @@ at::Tensor look_up(const at::Tensor& token_ids, const at::Tensor& weight) {
   return out;
 }
 
+// The rows of x at a distance at which the same inputs of all of them fit into the first-level cache: with a power of two,
+// or a multiple of a large one, they would compete for a few places.
+at::Tensor spread(const at::Tensor& x) {
+  const bool is_near = x.stride(1) == 1 && x.stride(0) * sizeof(float) % 2048 != 0;
+  if (x.size(0) <= 1 || is_near) return x.stride(1) == 1 ? x : x.contiguous();
+  at::Tensor rows = x.new_empty({x.size(0), x.size(1) + 16}).narrow(1, 0, x.size(1));
+  return rows.copy_(x);
+}
+
 // x [num_rows, input_size] times a packed weight, plus bias -> [num_rows, output_size].
 at::Tensor product(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, int64_t output_size) {
   TORCH_CHECK(x.dim() == 2 && x.scalar_type() == at::kFloat, "expected float32 [num_rows, input_size], got ", x.sizes());
   const bool fits = weight.dim() == 3 && weight.size(1) == x.size(1) && weight.size(2) == PANEL &&
                     weight.size(0) == count_panels(output_size);
   TORCH_CHECK(fits, "a packed weight ", weight.sizes(), " does not fit an input ", x.sizes());
-  const at::Tensor rows = x.contiguous();
+  const at::Tensor rows = spread(x);
   at::Tensor out = x.new_empty({x.size(0), output_size});
   const float* added = bias.has_value() ? bias->const_data_ptr<float>() : nullptr;
   with_weight_dtype(weight, [&]<class T>() {
-    multiply(rows.const_data_ptr<float>(), weight.const_data_ptr<T>(), added, {x.size(0), x.size(1), output_size},
-             out.mutable_data_ptr<float>());
+    const Shape shape{x.size(0), x.size(1), output_size, rows.stride(0)};
+    multiply(rows.const_data_ptr<float>(), weight.const_data_ptr<T>(), added, shape, out.mutable_data_ptr<float>());
   });
   return out;
 }

@@ -19,7 +19,7 @@ from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear
 from nanovllm.models import get_model_class, load_model_config
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.utils import loader
-from nanovllm.utils.loader import checkpoint_files, load_weights, materialize
+from nanovllm.utils.loader import checkpoint_files, load_weights, materialize, stored_matrix_dtype
 from nanovllm.utils.ranks import Ranks
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -517,3 +517,32 @@ def test_one_rank_needs_no_collectives() -> None:
     x = randn(2, 3)
     assert Ranks().all_reduce(x) is x
     assert Ranks().gather_last_dim(x) is x
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "expected"),
+    [
+        ((torch.bfloat16, torch.bfloat16), torch.bfloat16),
+        ((torch.float16, torch.float16), torch.float16),
+        ((torch.float16, torch.bfloat16), torch.float32),
+        ((torch.float32, torch.bfloat16), torch.float32),
+        ((torch.float64, torch.float64), torch.float32),
+    ],
+    ids=str,
+)
+def test_the_dtype_that_holds_all_matrices(
+    dtypes: tuple[torch.dtype, ...], expected: torch.dtype, tmp_path: Path
+) -> None:
+    for index, dtype in enumerate(dtypes):
+        vector, matrix = torch.zeros(2, dtype=torch.float32), torch.zeros(2, 2, dtype=dtype)
+        save_file({f"norm.{index}": vector, f"matrix.{index}": matrix}, tmp_path / f"{index}.safetensors")
+    assert stored_matrix_dtype(tmp_path) == expected
+
+
+def test_matrices_may_have_a_dtype_of_their_own(checkpoint: CheckpointFactory) -> None:
+    config = load_model_config(checkpoint(tie_word_embeddings=True))
+    with torch.device("meta"):
+        model = get_model_class(config.architecture)(config, 32, Ranks())
+    materialize(model, torch.float32, torch.device("cpu"), matrix_dtype=torch.float16)
+    assert all(p.dtype == (torch.float16 if p.dim() == 2 else torch.float32) for p in model.parameters())
+    assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -1,0 +1,171 @@
+"""The products in C++ against exact ones, for the machine's instruction set and for none in particular."""
+
+import gc
+import shutil
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.layers.cpu_linear import use_packed_weights
+from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
+from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear
+from nanovllm.utils.cpu_build import load_library, machine_flags
+from nanovllm.utils.ranks import Ranks
+
+FLAGS = {"native": machine_flags(), "baseline": [flag for flag in machine_flags() if flag == "-fopenmp"]}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# (input_size, output_size): less than a panel, whole panels, some and a rest; one depth, two, some and a rest.
+SHAPES = [(1, 1), (3, 16), (300, 50), (256, 64), (576, 33), (1030, 96)]
+NUM_ROWS = [0, 1, 2, 5, 6, 7, 12, 13, 24, 31, 192, 193, 400]  # tiles of any height, widened at once or beforehand, blocks
+
+
+@pytest.fixture(scope="module", params=FLAGS)
+def kernels(request: pytest.FixtureRequest) -> Any:
+    return load_library(FLAGS[request.param])
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Let a test change the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def multiply(kernels: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return kernels.linear(x, kernels.pack_weight(weight), bias, len(weight))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products(kernels: Any, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    input_size, output_size = shape
+    weight, bias = randn(output_size, input_size, dtype=dtype), randn(output_size, seed=1)
+    for num_rows in NUM_ROWS:
+        for added in (None, bias):
+            x = randn(num_rows, input_size, seed=2)
+            exact = x.double() @ weight.double().T + (0 if added is None else added.double())
+            result = multiply(kernels, x, weight, added)
+            assert (result.dtype, result.shape) == (torch.float32, exact.shape)
+            # Each of the n additions to a sum rounds it once, and each product where there is no fused multiply-add.
+            magnitude = x.double().abs() @ weight.double().abs().T + (0 if added is None else added.double().abs())
+            assert ((result - exact).abs() <= 2 * (input_size + 1) * 2**-24 * magnitude).all(), (num_rows, added is None)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_is_the_same_among_any_others_on_any_number_of_threads(kernels: Any, dtype: torch.dtype) -> None:
+    weight, bias, x = randn(100, 600, dtype=dtype), randn(100, seed=1), randn(400, 600, seed=2)
+    torch.set_num_threads(1)
+    alone = torch.cat([multiply(kernels, row, weight, bias) for row in x.split(1)])
+    for num_threads in (1, 2, 5):
+        torch.set_num_threads(num_threads)
+        for num_rows in NUM_ROWS:
+            assert torch.equal(multiply(kernels, x[:num_rows], weight, bias), alone[:num_rows])
+            assert torch.equal(multiply(kernels, x[400 - num_rows :], weight, bias), alone[400 - num_rows :])
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_narrow_weights_give_to_the_bit_what_the_same_in_float32_give(kernels: Any, dtype: torch.dtype) -> None:
+    weight = randn(80, 300, dtype=dtype)
+    for num_rows in NUM_ROWS:
+        x = randn(num_rows, 300, seed=1)
+        assert torch.equal(multiply(kernels, x, weight), multiply(kernels, x, weight.float()))
+
+
+def test_what_is_not_finite_stays_where_it_is(kernels: Any) -> None:
+    x, weight = randn(20, 300), randn(40, 300, seed=1)
+    expected = multiply(kernels, x, weight)
+    x[3], weight[7] = torch.nan, torch.inf
+    result = multiply(kernels, x, weight)
+    assert result[3].isnan().all()
+    assert not result[:, 7].isfinite().any()
+    others, outputs = torch.arange(20) != 3, torch.arange(40) != 7
+    assert torch.equal(result[others][:, outputs], expected[others][:, outputs])
+
+
+def test_rows_that_are_apart_in_memory(kernels: Any) -> None:
+    wide, weight = randn(9, 500), randn(32, 200, seed=1)
+    assert torch.equal(multiply(kernels, wide[:, 100:300], weight), multiply(kernels, wide[:, 100:300].clone(), weight))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_look_up(kernels: Any, dtype: torch.dtype) -> None:
+    table = randn(101, 70, dtype=dtype)
+    packed, token_ids = kernels.pack_weight(table), torch.randint(101, (200,))
+    for size in (0, 1, 200):
+        assert torch.equal(kernels.look_up(token_ids[:size], packed), table[token_ids[:size]].float())
+    with pytest.raises(IndexError, match="token -1 is not in the table"):
+        kernels.look_up(torch.tensor([5, -1]), packed)
+    with pytest.raises(IndexError, match="token 112 is not in the table"):
+        kernels.look_up(torch.tensor([112]), packed)
+
+
+def test_what_does_not_fit_is_refused(kernels: Any) -> None:
+    packed = kernels.pack_weight(randn(64, 32))
+    for x, output_size in ((randn(2, 33), 64), (randn(2, 32), 100), (randn(2, 32, dtype=torch.bfloat16), 64), (randn(32), 64)):
+        with pytest.raises(RuntimeError, match="expected float32|does not fit"):
+            kernels.linear(x, packed, None, output_size)
+    with pytest.raises(RuntimeError, match="no product with weights of"):
+        kernels.pack_weight(randn(64, 32).double())
+    with pytest.raises(RuntimeError, match="expected a contiguous weight"):
+        kernels.pack_weight(randn(64, 32).T)
+
+
+def make_layers() -> nn.ModuleDict:
+    layers: dict[str, Any] = {
+        "table": VocabParallelEmbedding(100, 48, Ranks()),
+        "up": ColumnParallelLinear(48, {"gate": 96, "up": 64}, True, Ranks()),
+        "down": RowParallelLinear(160, 48, True, Ranks()),
+        "head": ParallelLMHead(100, 48, Ranks()),
+    }
+    layers["head"].weight = layers["table"].weight
+    for index, parameter in enumerate(nn.ModuleDict(layers).parameters()):
+        parameter.requires_grad_(False).copy_(randn(*parameter.shape, seed=index))
+    return nn.ModuleDict(layers)
+
+
+@torch.inference_mode()
+def test_layers_give_what_plain_ones_give_and_a_tied_table_is_there_once(kernels: Any) -> None:
+    plain, packed = make_layers(), make_layers()
+    originals = [weakref.ref(packed[name].weight) for name in ("table", "up", "down")]
+    use_packed_weights(packed, kernels)
+    gc.collect()
+    assert [original() for original in originals] == [None, None, None]
+    assert packed["head"].weight is packed["table"].weight
+    token_ids = torch.arange(100)
+    assert torch.equal(packed["table"](token_ids), plain["table"](token_ids))
+    for name, input_size in (("up", 48), ("down", 160), ("head", 48)):
+        x = randn(37, input_size, seed=9)
+        torch.testing.assert_close(packed[name](x), plain[name](x), rtol=0, atol=160 * 2**-24 * 160)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_a_model_in_float32_keeps_the_weights_of_its_checkpoint(
+    checkpoint: Callable[..., Path], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """And answers as one whose checkpoint holds the same values in float32."""
+    outputs = []
+    for stored in (dtype, torch.float32):
+        folder = shutil.copytree(checkpoint(tie_word_embeddings=True), tmp_path / str(stored))
+        tensors = load_file(folder / "model.safetensors")
+        save_file({name: tensor.to(dtype).to(stored) for name, tensor in tensors.items()}, folder / "model.safetensors")
+        llm = LLM(folder, dtype="float32", device="cpu", num_kvcache_blocks=20)
+        runner = llm.executor._runner
+        assert {parameter.dtype for parameter in runner.model.parameters() if parameter.dim() > 1} == {stored}
+        assert {parameter.dtype for parameter in runner.model.parameters() if parameter.dim() == 1} == {torch.float32}
+        params = SamplingParams(temperature=0, max_tokens=20, logprobs=3)
+        (output,) = llm.generate([[5, 6, 7]], params, use_tqdm=False)
+        outputs.append((output["token_ids"], output["logprobs"]))
+    assert outputs[0] == outputs[1]
