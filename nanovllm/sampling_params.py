@@ -1,12 +1,12 @@
 """SamplingParams: how one request is continued. Validated once, then frozen."""
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from functools import partial
 from numbers import Integral, Real
 
 MAX_SEED = 2**63 - 1
-_PLAIN = frozenset((int, float, bool, str, tuple, type(None)))
 MAX_TEMPERATURE = 1e30  # beyond it float32, in which it is used, comes to its end
 
 
@@ -66,43 +66,14 @@ class SamplingParams:
     n: int = 1
 
     def __post_init__(self) -> None:
-        check_number("temperature", self.temperature, minimum=0, maximum=MAX_TEMPERATURE, note=" (0 is greedy)")
-        check_number("top_p", self.top_p, above=0, maximum=1)
-        check_number("min_p", self.min_p, minimum=0, maximum=1)
-        check_number("repetition_penalty", self.repetition_penalty, above=0)
-        for name in ("presence_penalty", "frequency_penalty"):
-            check_number(name, getattr(self, name), minimum=-2, maximum=2)
-        check_int("max_tokens", self.max_tokens, minimum=1)
-        check_int("min_tokens", self.min_tokens, minimum=0, maximum=self.max_tokens)
-        check_int("top_k", self.top_k, minimum=-1)
-        check_int("n", self.n, minimum=1)
-        for name, maximum in (("seed", MAX_SEED), ("logprobs", None), ("prompt_logprobs", None)):
-            if getattr(self, name) is not None:
-                check_int(name, getattr(self, name), minimum=0, maximum=maximum)
-        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for name, default in _DEFAULTS.items():
+            value = getattr(self, name)
+            if value is not default:  # which is right, and what most have
+                object.__setattr__(self, name, _CHECKS[name](name, value))
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens must be at most {self.max_tokens}, got {self.min_tokens}")
         if self.n > 1 and self.temperature == 0:
             raise ValueError(f"n must be 1 at temperature 0, got {self.n}: greedy completions are all the same")
-        self._freeze()
-
-    def _freeze(self) -> None:
-        """Replace what the user may have given in several shapes, and still hold, by one that cannot change."""
-        values: dict[str, object] = {}
-        for name, freeze in (("stop", _strings), ("stop_token_ids", _token_ids), ("logit_bias", _biases)):
-            value = getattr(self, name)
-            if type(value) is not tuple or value:  # else it is the default
-                values[name] = freeze(name, () if value is None else value)
-        if self.allowed_token_ids is not None:
-            values["allowed_token_ids"] = _token_ids("allowed_token_ids", self.allowed_token_ids)
-            if not values["allowed_token_ids"]:
-                raise ValueError("allowed_token_ids must hold at least one token id, got none")
-        for name in self.__slots__:
-            value = getattr(self, name)
-            if type(value) not in _PLAIN and isinstance(value, Integral):
-                values[name] = int(value)  # NumPy's would overflow in sums with a prompt's length
-        for name, frozen in values.items():
-            object.__setattr__(self, name, frozen)
 
 
 def check_int(name: str, value: object, minimum: int, maximum: int | None = None) -> int:
@@ -124,8 +95,8 @@ def check_number(
     maximum: float = math.inf,
     above: float = -math.inf,
     note: str = "",
-) -> None:
-    """Raise unless `value` is a finite number from `minimum` to `maximum`, both included, and greater than `above`."""
+) -> float:
+    """`value`; raise unless it is a finite number from `minimum` to `maximum`, both included, and greater than `above`."""
     if type(value) not in (int, float) and (isinstance(value, bool) or not isinstance(value, Real)):
         raise TypeError(f"{name} must be a number, got {value!r}")
     try:
@@ -133,7 +104,7 @@ def check_number(
     except OverflowError:  # an integer beyond all floats
         number = math.inf
     if math.isfinite(number) and minimum <= number <= maximum and number > above:
-        return
+        return int(value) if isinstance(value, Integral) else value  # type: ignore[return-value]
     limits = [
         *([f"at least {minimum:g}"] if minimum > -math.inf else []),
         *([f"above {above:g}"] if above > -math.inf else []),
@@ -142,8 +113,14 @@ def check_number(
     raise ValueError(f"{name} must be finite and {' and '.join(limits)}{note}, got {value!r}")
 
 
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
 def _strings(name: str, value: object) -> tuple[str, ...]:
-    strings = (value,) if isinstance(value, str) else value
+    strings = (value,) if isinstance(value, str) else () if value is None else value
     if not isinstance(strings, Iterable) or isinstance(strings, bytes):
         raise TypeError(f"{name} must be a string or strings, got {value!r}")
     result = tuple(strings)
@@ -156,16 +133,21 @@ def _strings(name: str, value: object) -> tuple[str, ...]:
 
 
 def _token_ids(name: str, value: object) -> tuple[int, ...]:
-    if not isinstance(value, Iterable) or isinstance(value, (str, bytes)):
+    token_ids = () if value is None else value
+    if not isinstance(token_ids, Iterable) or isinstance(token_ids, (str, bytes)):
         raise TypeError(f"{name} must be token ids, got {value!r}")
-    result = tuple(value)
-    for token in result:
-        check_int(f"each of {name}", token, minimum=0)
-    return tuple(dict.fromkeys(int(token) for token in result))
+    return tuple(dict.fromkeys(check_int(f"each of {name}", token, minimum=0) for token in token_ids))
+
+
+def _allowed(name: str, value: object) -> tuple[int, ...]:
+    token_ids = _token_ids(name, value)
+    if not token_ids:
+        raise ValueError(f"{name} must hold at least one token id, got none")
+    return token_ids
 
 
 def _biases(name: str, value: object) -> tuple[tuple[int, float], ...]:
-    pairs = value.items() if isinstance(value, Mapping) else value
+    pairs = value.items() if isinstance(value, Mapping) else () if value is None else value
     if not isinstance(pairs, Iterable) or isinstance(pairs, (str, bytes)):
         raise TypeError(f"{name} must be a dict from token ids to numbers, got {value!r}")
     biases: dict[int, float] = {}
@@ -174,3 +156,29 @@ def _biases(name: str, value: object) -> tuple[tuple[int, float], ...]:
         check_number(f"{name} of token {token}", bias, minimum=-1e4, maximum=1e4)
         biases[int(token)] = float(bias)
     return tuple(sorted(biases.items()))
+
+
+_DEFAULTS: dict[str, object] = {field.name: field.default for field in fields(SamplingParams)}
+# What each field may be; a check returns it in a shape that cannot change, whatever the user gave, and still holds.
+_CHECKS: dict[str, Callable[[str, object], object]] = {
+    "temperature": partial(check_number, minimum=0, maximum=MAX_TEMPERATURE, note=" (0 is greedy)"),
+    "max_tokens": partial(check_int, minimum=1),
+    "ignore_eos": _flag,
+    "seed": partial(check_int, minimum=0, maximum=MAX_SEED),
+    "top_k": partial(check_int, minimum=-1),
+    "top_p": partial(check_number, above=0, maximum=1),
+    "min_p": partial(check_number, minimum=0, maximum=1),
+    "repetition_penalty": partial(check_number, above=0),
+    "presence_penalty": partial(check_number, minimum=-2, maximum=2),
+    "frequency_penalty": partial(check_number, minimum=-2, maximum=2),
+    "logit_bias": _biases,
+    "allowed_token_ids": _allowed,
+    "min_tokens": partial(check_int, minimum=0),
+    "stop": _strings,
+    "stop_token_ids": _token_ids,
+    "include_stop_str_in_output": _flag,
+    "skip_special_tokens": _flag,
+    "logprobs": partial(check_int, minimum=0),
+    "prompt_logprobs": partial(check_int, minimum=0),
+    "n": partial(check_int, minimum=1),
+}

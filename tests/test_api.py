@@ -431,7 +431,7 @@ def load():
 
 llm = load()
 size = sum(parameter.nbytes for parameter in llm.executor._runner.model.parameters())
-assert size > 500 * 2**20, size
+assert size > 250 * 2**20, size
 loaded = process.memory_info().rss
 del llm
 freed = loaded - process.memory_info().rss

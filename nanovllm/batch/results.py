@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 ROW_ID = "batch_req_{}"  # the id of a line: the row's number, by which a result is known to be there
 _ROW_ID = re.compile(r"batch_req_(\d+)")
+_TEXT, _ASCII = (json.JSONEncoder(ensure_ascii=ascii_only, separators=(",", ":")) for ascii_only in (False, True))
 _SYNC_SECONDS = 5.0  # a crash of the machine, not of the process, may lose what came since
 
 
@@ -136,9 +137,9 @@ class ResultFile:
 def encode_line(result: dict[str, Any]) -> bytes:
     """A line of JSON; text as it is, but for halves of surrogate pairs, which have no bytes of their own."""
     try:
-        return json.dumps(result, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+        return _TEXT.encode(result).encode() + b"\n"
     except UnicodeEncodeError:
-        return json.dumps(result, separators=(",", ":")).encode() + b"\n"
+        return _ASCII.encode(result).encode() + b"\n"
 
 
 def _read_result(line: bytes) -> tuple[int | None, bool]:

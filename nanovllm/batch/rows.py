@@ -8,7 +8,7 @@ import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -51,8 +51,7 @@ class BadRow:
     message: str
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """A row as it was read.
 
     is_plain: it has no envelope: its fields are those of a body.
@@ -65,8 +64,7 @@ class Row:
     body: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class BatchRequest:
+class BatchRequest(NamedTuple):
     """A row that the engine can be asked to run."""
 
     number: int

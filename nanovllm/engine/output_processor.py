@@ -14,6 +14,7 @@ from nanovllm.engine.model_runner import StepOutput
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers.logprobs import Logprobs
 from nanovllm.outputs import CompletionOutput, PositionLogprobs, RequestOutput, SeveralCompletions, StreamEvent, TokenLogprob
+from nanovllm.utils.tokenizer import decode_batch
 
 Entries = list[tuple[int, float, int]]  # (token, logprob, rank) of the best tokens at one position
 
@@ -126,9 +127,7 @@ class OutputProcessor:
         for skip in (True, False):
             batch = [s for s in sequences if s.detokenizer is None and s.sampling_params.skip_special_tokens == skip]
             if batch and self.tokenizer is not None:
-                decoded = self.tokenizer.batch_decode(
-                    [seq.text_token_ids() for seq in batch], skip_special_tokens=skip, clean_up_tokenization_spaces=False
-                )
+                decoded = decode_batch([seq.text_token_ids() for seq in batch], self.tokenizer, skip)
                 texts.update(zip((seq.seq_id for seq in batch), decoded, strict=True))
         return texts
 

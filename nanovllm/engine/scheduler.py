@@ -62,10 +62,14 @@ class Scheduler:
     def reset(self) -> None:
         """Drop every request and free every block, after an exception at any point of a step."""
         self.waiting: deque[Sequence] = deque()  # both queues are in order of arrival
-        self.running: list[Sequence] = []
-        self._rows = np.zeros(0, np.int64)  # [len(running)]
+        self._set_running([], np.zeros(0, np.int64))
         self._free_rows = list(range(self.max_num_seqs))
         self.block_manager.reset()
+
+    def _set_running(self, sequences: list[Sequence], rows: IntArray) -> None:
+        self.running = sequences
+        self._rows = rows  # [len(running)]
+        self._appends = [seq.token_ids.append for seq in sequences]  # bound once, called in every step
 
     def is_finished(self) -> bool:
         """Whether nothing waits and nothing runs."""
@@ -133,9 +137,9 @@ class Scheduler:
         return new_blocks
 
     def _preempt_newest(self) -> None:
-        seq = self.running.pop()
+        seq = self.running[-1]
         self._free_rows.append(int(self._rows[-1]))
-        self._rows = self._rows[:-1]
+        self._set_running(self.running[:-1], self._rows[:-1])
         self.block_manager.free(seq)
         self.num_preemptions += 1
         # Nearly always the front: only sequences that were passed over in `_admit` can be older.
@@ -150,8 +154,10 @@ class Scheduler:
         One whose next block is being computed for another sequence is passed over: in a later step it will share it.
         """
         started: list[StartedSequence] = []
+        admitted: list[Sequence] = []
         passed_over: list[Sequence] = []
-        while self.waiting and budget > 0 and len(self.running) + len(passed_over) < self.max_num_seqs:
+        room = self.max_num_seqs - len(self.running)
+        while self.waiting and budget > 0 and len(admitted) + len(passed_over) < room:
             seq = self.waiting[0]
             # A cached token has no hidden state, of which the log-probabilities of the next are made.
             hits = [] if seq.needs_prompt_logprobs else self.block_manager.find_prefix(seq)
@@ -161,10 +167,11 @@ class Scheduler:
             if not self.block_manager.can_allocate(seq, hits):
                 break
             started.append(self._start(seq, self.block_manager.allocate(seq, hits)))
-            self.running.append(self.waiting.popleft())
+            admitted.append(self.waiting.popleft())
             budget -= len(seq) - started[-1].num_computed_tokens
         self.waiting.extendleft(reversed(passed_over))
-        self._rows = np.append(self._rows, np.array([new.row for new in started], np.int64))
+        if started:
+            self._set_running(self.running + admitted, np.append(self._rows, [new.row for new in started]))
         return started
 
     def _start(self, seq: Sequence, num_computed_tokens: int) -> StartedSequence:
@@ -201,8 +208,7 @@ class Scheduler:
             The old position of each.
         """
         order = sorted(range(len(self.running)), key=lambda position: self.running[position].seq_id)
-        self.running = [self.running[position] for position in order]
-        self._rows = self._rows[order]
+        self._set_running([self.running[position] for position in order], self._rows[order])
         return order
 
     # ---- after a step ----
@@ -225,13 +231,15 @@ class Scheduler:
         # Positions in the batch are positions in `running`, of which it is a prefix.
         for position in (computed >= self.next_full_block[rows]).nonzero()[0].tolist():
             self._publish(position)
+        appends = self._appends
         if not batch.is_decode:
+            appends = [seq.token_ids.append for seq in sequences]
             rows = rows[computed == self.num_tokens[rows]]
             self.in_prefill[rows] = False
             _note_first_token(sequences)
         sampled = token_ids.tolist()
-        for seq, token_id in zip(sequences, sampled, strict=True):
-            seq.token_ids.append(token_id)
+        for append, token_id in zip(appends, sampled, strict=False):  # some that run may not be in the batch
+            append(token_id)
         return self._finish(sequences, rows, sampled)
 
     def sampled_sequences(self, batch: ScheduledBatch) -> list[Sequence]:
@@ -286,8 +294,7 @@ class Scheduler:
             self.block_manager.free(seq)
         goes_on = np.array([seq.finish_reason is None for seq in self.running], np.bool_)
         self._free_rows.extend(self._rows[~goes_on].tolist())
-        self._rows = self._rows[goes_on]
-        self.running = [seq for seq in self.running if seq.finish_reason is None]
+        self._set_running([seq for seq in self.running if seq.finish_reason is None], self._rows[goes_on])
 
 
 def _note_first_token(sequences: Iterable[Sequence]) -> None:

@@ -49,9 +49,7 @@ class CheckpointModule(nn.Module):
     tied: tuple[str, ...] = ()  # tensors that are shared with another; a checkpoint may repeat them
 
 
-def materialize(
-    model: nn.Module, dtype: torch.dtype, device: torch.device, matrix_dtype: torch.dtype | None = None
-) -> None:
+def materialize(model: nn.Module, dtype: torch.dtype, device: torch.device, matrix_dtype: torch.dtype | None = None) -> None:
     """Replace the model's meta parameters by uninitialised ones; shared parameters stay shared.
 
     Args:

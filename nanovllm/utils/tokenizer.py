@@ -127,6 +127,17 @@ def _encode_batch(texts: list[str], tokenizer: PreTrainedTokenizerBase, add_spec
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
 
 
+def decode_batch(token_ids: list[list[int]], tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool) -> list[str]:
+    """The text of each, in one call; as `_encode_batch`, by the tokenizer of Rust where there is one."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        texts: list[str] = backend.decode_batch(token_ids, skip_special_tokens=skip_special_tokens)
+    else:
+        options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
+        texts = tokenizer.batch_decode(token_ids, **options)
+    return texts
+
+
 def _drop_second_bos(token_ids: list[int], text: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Drop the first token if it was added to those that `text` itself begins with."""
     bos: str = tokenizer.bos_token
@@ -158,7 +169,7 @@ def render_chats(
     Returns:
         For each its token ids, or why it has none: no conversation, no chat template, or one that refuses it.
     """
-    rendered = [
+    rendered = _render_together(conversations, tokenizer, template_args) or [
         _render_chat(conversation, name, tokenizer, args)
         for conversation, name, args in zip(conversations, names, template_args, strict=True)
     ]
@@ -166,6 +177,23 @@ def render_chats(
     # The template writes the special tokens itself.
     encoded = iter(_encode_batch(texts, tokenizer, add_special_tokens=False) if tokenizer is not None and texts else [])
     return [next(encoded) if isinstance(text, str) else text for text in rendered]
+
+
+def _render_together(
+    conversations: Sequence[Conversation],
+    tokenizer: PreTrainedTokenizerBase | None,
+    template_args: Sequence[Mapping[str, Any]],
+) -> list[str | Refusal] | None:
+    """What `_render_chat` makes of each, by one call; None if they differ in arguments, or one of them may be refused."""
+    if tokenizer is None or not conversations or any(args != template_args[0] for args in template_args):
+        return None
+    options = {"add_generation_prompt": True, **template_args[0]}
+    try:
+        texts: list[str] = tokenizer.apply_chat_template(list(map(list, conversations)), tokenize=False, **options)
+        "".join(texts).encode()
+    except Exception:  # see `_render_chat`, which will say which it is
+        return None
+    return list(texts)
 
 
 def _render_chat(

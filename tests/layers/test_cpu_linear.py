@@ -114,8 +114,13 @@ def test_look_up(kernels: Any, dtype: torch.dtype) -> None:
 
 def test_what_does_not_fit_is_refused(kernels: Any) -> None:
     packed = kernels.pack_weight(randn(64, 32))
-    for x, output_size in ((randn(2, 33), 64), (randn(2, 32), 100), (randn(2, 32, dtype=torch.bfloat16), 64), (randn(32), 64)):
-        with pytest.raises(RuntimeError, match="expected float32|does not fit"):
+    for x, output_size in (
+        (randn(2, 33), 64),
+        (randn(2, 32), 100),
+        (randn(2, 32, dtype=torch.bfloat16), 64),
+        (randn(32), 64),
+    ):
+        with pytest.raises(RuntimeError, match=r"expected float32|does not fit"):
             kernels.linear(x, packed, None, output_size)
     with pytest.raises(RuntimeError, match="no product with weights of"):
         kernels.pack_weight(randn(64, 32).double())

@@ -530,9 +530,7 @@ def test_one_rank_needs_no_collectives() -> None:
     ],
     ids=str,
 )
-def test_the_dtype_that_holds_all_matrices(
-    dtypes: tuple[torch.dtype, ...], expected: torch.dtype, tmp_path: Path
-) -> None:
+def test_the_dtype_that_holds_all_matrices(dtypes: tuple[torch.dtype, ...], expected: torch.dtype, tmp_path: Path) -> None:
     for index, dtype in enumerate(dtypes):
         vector, matrix = torch.zeros(2, dtype=torch.float32), torch.zeros(2, 2, dtype=dtype)
         save_file({f"norm.{index}": vector, f"matrix.{index}": matrix}, tmp_path / f"{index}.safetensors")
