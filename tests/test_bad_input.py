@@ -469,6 +469,12 @@ def folder(checkpoint: CheckpointFactory, tmp_path: Path) -> Path:
     return shutil.copytree(checkpoint(), tmp_path / "model")
 
 
+def test_options_are_refused_before_weights_are_read(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="attention_backend must be"):
+        make_llm(folder, attention_backend="magic")
+
+
 def edit_config(folder: Path, **values: object) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
