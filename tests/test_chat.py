@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.utils.tokenizer import render_chats
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6)
 QUESTION = [{"role": "user", "content": "What is 2 + 2?"}]
@@ -56,3 +58,21 @@ def test_what_is_no_conversation_is_refused_by_its_index(llm: LLM) -> None:
         llm.chat([QUESTION, [{"role": "user"}, {"content": "x"}]])
     assert llm.is_finished()
     assert llm.chat([], use_tqdm=False) == []
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"role": "user", "content": "What is next?"},
+        "no message",
+        {"role": "user", "content": "half of a pair: \ud83d"},
+        {"content": "whose?"},
+    ],
+    ids=["as good as the others", "a text", "no text", "no role"],
+)
+def test_conversations_are_rendered_together_as_each_is_alone(llm: LLM, odd: Any) -> None:
+    good = [[{"role": "user", "content": f"What is {number}?"}] for number in range(4)]
+    batch: list[Any] = [*good[:2], [{"role": "user", "content": "Hm."}, odd], *good[2:]]
+    together = render_chats(batch, list("abcde"), llm.tokenizer, [{}] * 5)
+    alone = [render_chats([one], [name], llm.tokenizer, [{}])[0] for one, name in zip(batch, "abcde", strict=True)]
+    assert list(map(repr, together)) == list(map(repr, alone))

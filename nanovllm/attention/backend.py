@@ -42,7 +42,7 @@ class AttentionBackend(ABC):
 
     DEFAULT_BLOCK_SIZE: ClassVar[int] = 16
     CAN_BE_CAPTURED: ClassVar[bool] = False  # in a CUDA graph: nothing in a decode looks at a tensor's values on the host
-    HAS_LAYER_KERNELS: ClassVar[bool] = False  # its library has the small layers too: see layers/cpu_layers.py
+    HAS_LAYER_KERNELS: ClassVar[bool] = False  # its library has products and the small layers too
 
     def __init__(self, spec: AttentionSpec) -> None:
         self.spec = spec

@@ -189,6 +189,8 @@ def _render_together(
         return None
     options = {"add_generation_prompt": True, **template_args[0]}
     try:
+        if not all(isinstance(message, Mapping) for conversation in conversations for message in conversation):
+            return None
         texts: list[str] = tokenizer.apply_chat_template(list(map(list, conversations)), tokenize=False, **options)
         "".join(texts).encode()
     except Exception:  # see `_render_chat`, which will say which it is
