@@ -20,6 +20,7 @@
 #include <array>
 #include <optional>
 #include <type_traits>
+#include <vector>
 
 #include "../utils/cpu_math.h"
 
@@ -182,22 +183,34 @@ void with_weight_dtype(const at::Tensor& weight, const Body& body) {
   }
 }
 
-// [output_size, input_size] -> [num_panels, input_size, PANEL], zeros beyond output_size.
+// A panel: from a row of inputs for each of `width` outputs to the outputs of each input side by side.
+template <class T>
+void pack_panel(const T* source, int64_t width, int64_t input_size, T* target) {
+  for (int64_t k = 0; k < input_size; ++k) {
+    T* values = target + k * PANEL;
+    for (int64_t output = 0; output < width; ++output) values[output] = source[output * input_size + k];
+    std::fill(values + width, values + PANEL, T(0));
+  }
+}
+
+// [output_size, input_size] -> [num_panels, input_size, PANEL], zeros beyond output_size. Where there is nothing to add, a
+// panel takes as much memory as its rows, and the weight's own is used: it does not hold the weight any more.
 at::Tensor pack(const at::Tensor& weight) {
   TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "expected a contiguous weight, got ", weight.sizes());
   const int64_t output_size = weight.size(0), input_size = weight.size(1), num_panels = count_panels(output_size);
-  at::Tensor packed = weight.new_empty({num_panels, input_size, PANEL});
+  const bool in_place = output_size % PANEL == 0;
+  const std::array<int64_t, 3> shape{num_panels, input_size, PANEL};
+  at::Tensor packed = in_place ? weight.view(shape) : weight.new_empty(shape);
   with_weight_dtype(weight, [&]<class T>() {
     const T* source = weight.const_data_ptr<T>();
     T* target = packed.mutable_data_ptr<T>();
+    const int64_t size = input_size * PANEL;
     at::parallel_for(0, num_panels, 1, [&](int64_t begin, int64_t end) {
+      std::vector<T> rows(in_place ? size : 0);
       for (int64_t panel = begin; panel < end; ++panel) {
+        if (in_place) std::copy_n(source + panel * size, size, rows.begin());
         const int64_t width = std::min(PANEL, output_size - panel * PANEL);
-        for (int64_t k = 0; k < input_size; ++k) {
-          T* values = target + (panel * input_size + k) * PANEL;
-          for (int64_t output = 0; output < width; ++output) values[output] = source[(panel * PANEL + output) * input_size + k];
-          std::fill(values + width, values + PANEL, T(0));
-        }
+        pack_panel(in_place ? rows.data() : source + panel * size, width, input_size, target + panel * size);
       }
     });
   });
@@ -255,7 +268,7 @@ at::Tensor product(const at::Tensor& x, const at::Tensor& weight, const std::opt
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(NANOVLLM_OPS, library) {
-  library.def("pack_weight(Tensor weight) -> Tensor", &linear::pack);
+  library.def("pack_weight_(Tensor(a!) weight) -> Tensor(a!)", &linear::pack);
   library.def("look_up(Tensor token_ids, Tensor weight) -> Tensor", &linear::look_up);
   library.def("linear(Tensor x, Tensor weight, Tensor? bias, int output_size) -> Tensor", &linear::product);
 }

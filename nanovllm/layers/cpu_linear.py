@@ -17,7 +17,7 @@ def use_packed_weights(model: nn.Module, kernels: Any) -> None:
     """Let the linear layers, tables and heads of `model` run as C++ that takes float32 and gives float32.
 
     Args:
-        model: changed in place; other models are not. Its weights are on the CPU, in any dtype; each is freed once packed.
+        model: changed in place; other models are not. Its weights are on the CPU, in any dtype; they are used up.
         kernels: what `load_kernels` returns.
     """
     owners: dict[nn.Parameter, list[nn.Module]] = {}
@@ -26,7 +26,7 @@ def use_packed_weights(model: nn.Module, kernels: Any) -> None:
             owners.setdefault(layer.weight, []).append(layer)
     while owners:
         weight, layers = owners.popitem()
-        packed = nn.Parameter(kernels.pack_weight(weight), requires_grad=False)
+        packed = nn.Parameter(kernels.pack_weight_(weight), requires_grad=False)
         for layer in layers:
             layer.weight = packed
 
