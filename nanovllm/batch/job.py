@@ -165,7 +165,6 @@ class BatchJob:
 @contextmanager
 def _old_objects_left_alone() -> Iterator[None]:
     """Spare Python's garbage collector the million objects of the libraries, which otherwise take it a third of our time."""
-    gc.collect()
     gc.freeze()
     try:
         yield
