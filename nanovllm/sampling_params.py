@@ -70,8 +70,7 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not default:  # which is right, and what most have
                 object.__setattr__(self, name, _CHECKS[name](name, value))
-        if self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens must be at most {self.max_tokens}, got {self.min_tokens}")
+        check_int("min_tokens", self.min_tokens, minimum=0, maximum=self.max_tokens)
         if self.n > 1 and self.temperature == 0:
             raise ValueError(f"n must be 1 at temperature 0, got {self.n}: greedy completions are all the same")
 

@@ -20,6 +20,7 @@
 #include <tuple>
 #include <type_traits>
 
+#include "../utils/cpu_dtypes.h"
 #include "../utils/cpu_math.h"
 
 namespace {
@@ -127,20 +128,6 @@ void for_each_row(int64_t num_rows, int64_t size, int64_t grain, const Work& wor
   });
 }
 
-template <class Body>
-void with_dtype(const at::Tensor& x, const Body& body) {
-  switch (x.scalar_type()) {
-    case at::kFloat:
-      return body.template operator()<float>();
-    case at::kHalf:
-      return body.template operator()<at::Half>();
-    case at::kBFloat16:
-      return body.template operator()<at::BFloat16>();
-    default:
-      TORCH_CHECK(false, "no kernel for ", x.scalar_type());
-  }
-}
-
 // ---- RMSNorm ----
 
 template <class T>
@@ -166,7 +153,7 @@ void check_weight(const at::Tensor& weight, const at::Tensor& x) {
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
   check_weight(weight, x);
   at::Tensor out = x.new_empty(x.sizes());
-  with_dtype(x, [&]<class T>() {
+  with_dtype(x, "kernel for", [&]<class T>() {
     const auto source = rows_of<const T>(x);
     const auto target = rows_of<T>(out);
     const T* scale = weight.const_data_ptr<T>();
@@ -183,7 +170,7 @@ std::tuple<at::Tensor, at::Tensor> add_rms_norm(
   check_weight(weight, x);
   TORCH_CHECK(residual.sizes() == x.sizes() && residual.scalar_type() == x.scalar_type(), "the residual must be like x");
   at::Tensor out = x.new_empty(x.sizes()), sum = x.new_empty(x.sizes());
-  with_dtype(x, [&]<class T>() {
+  with_dtype(x, "kernel for", [&]<class T>() {
     const auto left = rows_of<const T>(x), right = rows_of<const T>(residual);
     const auto normed = rows_of<T>(out), total = rows_of<T>(sum);
     const T* scale = weight.const_data_ptr<T>();
@@ -219,7 +206,7 @@ at::Tensor silu_and_mul(const at::Tensor& x) {
   TORCH_CHECK(x.dim() == 2 && x.size(1) % 2 == 0, "expected gate and up side by side, got ", x.sizes());
   const int64_t size = x.size(1) / 2;
   at::Tensor out = x.new_empty({x.size(0), size});
-  with_dtype(x, [&]<class T>() {
+  with_dtype(x, "kernel for", [&]<class T>() {
     const auto source = rows_of<const T>(x);
     const auto target = rows_of<T>(out);
     for_each_row(source.count(), size, COSTLY_GRAIN, [&](int64_t row) {
@@ -262,7 +249,7 @@ std::tuple<at::Tensor, at::Tensor> rotate(
   at::Tensor q_out = q.new_empty(q.sizes()), k_out = k.new_empty(k.sizes());
   const int64_t *position = positions.const_data_ptr<int64_t>(), head_dim = q.size(2), num_positions = cos_sin.size(0);
   const float* table = cos_sin.const_data_ptr<float>();
-  with_dtype(q, [&]<class T>() {
+  with_dtype(q, "kernel for", [&]<class T>() {
     const auto q_rows = rows_of<const T>(q), k_rows = rows_of<const T>(k);
     const auto q_target = rows_of<T>(q_out), k_target = rows_of<T>(k_out);
     const int64_t num_heads = q_rows.num_heads + k_rows.num_heads;

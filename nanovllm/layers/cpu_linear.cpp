@@ -22,6 +22,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "../utils/cpu_dtypes.h"
 #include "../utils/cpu_math.h"
 
 namespace {
@@ -169,20 +170,6 @@ void multiply(const float* x, const T* weight, const float* bias, const Shape& s
   });
 }
 
-template <class Body>
-void with_weight_dtype(const at::Tensor& weight, const Body& body) {
-  switch (weight.scalar_type()) {
-    case at::kFloat:
-      return body.template operator()<float>();
-    case at::kHalf:
-      return body.template operator()<at::Half>();
-    case at::kBFloat16:
-      return body.template operator()<at::BFloat16>();
-    default:
-      TORCH_CHECK(false, "no product with weights of ", weight.scalar_type());
-  }
-}
-
 // A panel: from a row of inputs for each of `width` outputs to the outputs of each input side by side.
 template <class T>
 void pack_panel(const T* source, int64_t width, int64_t input_size, T* target) {
@@ -201,7 +188,7 @@ at::Tensor pack(const at::Tensor& weight) {
   const bool in_place = output_size % PANEL == 0;
   const std::array<int64_t, 3> shape{num_panels, input_size, PANEL};
   at::Tensor packed = in_place ? weight.view(shape) : weight.new_empty(shape);
-  with_weight_dtype(weight, [&]<class T>() {
+  with_dtype(weight, "product with weights of", [&]<class T>() {
     const T* source = weight.const_data_ptr<T>();
     T* target = packed.mutable_data_ptr<T>();
     const int64_t size = input_size * PANEL;
@@ -225,7 +212,7 @@ at::Tensor look_up(const at::Tensor& token_ids, const at::Tensor& weight) {
   at::Tensor out = weight.new_empty({num_tokens, input_size}, at::kFloat);
   const int64_t* tokens = token_ids.const_data_ptr<int64_t>();
   float* target = out.mutable_data_ptr<float>();
-  with_weight_dtype(weight, [&]<class T>() {
+  with_dtype(weight, "product with weights of", [&]<class T>() {
     const T* values = weight.const_data_ptr<T>();
     at::parallel_for(0, num_tokens, 16, [&](int64_t begin, int64_t end) {
       for (int64_t index = begin; index < end; ++index) {
@@ -242,8 +229,8 @@ at::Tensor look_up(const at::Tensor& token_ids, const at::Tensor& weight) {
 // The rows of x at a distance at which the same inputs of all of them fit into the first-level cache: with a power of two,
 // or a multiple of a large one, they would compete for a few places.
 at::Tensor spread(const at::Tensor& x) {
-  const bool is_near = x.stride(1) == 1 && x.stride(0) * sizeof(float) % 2048 != 0;
-  if (x.size(0) <= 1 || is_near) return x.stride(1) == 1 ? x : x.contiguous();
+  const bool is_spread = x.size(0) <= 1 || x.stride(0) * sizeof(float) % 2048 != 0;
+  if (is_spread && x.stride(1) == 1) return x;
   at::Tensor rows = x.new_empty({x.size(0), x.size(1) + 16}).narrow(1, 0, x.size(1));
   return rows.copy_(x);
 }
@@ -257,7 +244,7 @@ at::Tensor product(const at::Tensor& x, const at::Tensor& weight, const std::opt
   const at::Tensor rows = spread(x);
   at::Tensor out = x.new_empty({x.size(0), output_size});
   const float* added = bias.has_value() ? bias->const_data_ptr<float>() : nullptr;
-  with_weight_dtype(weight, [&]<class T>() {
+  with_dtype(weight, "product with weights of", [&]<class T>() {
     const Shape shape{x.size(0), x.size(1), output_size, rows.stride(0)};
     multiply(rows.const_data_ptr<float>(), weight.const_data_ptr<T>(), added, shape, out.mutable_data_ptr<float>());
   });

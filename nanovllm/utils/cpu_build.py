@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 PACKAGE = Path(__file__).parents[1]
 # Compiled as one, since most of the time goes into torch's headers.
 SOURCES = (
+    PACKAGE / "utils" / "cpu_dtypes.h",
     PACKAGE / "utils" / "cpu_math.h",
     PACKAGE / "attention" / "cpu_paged_attention.cpp",
     PACKAGE / "layers" / "cpu_layers.cpp",
