@@ -31,20 +31,18 @@ class HostRunner:
     def __init__(self, max_num_seqs: int, max_model_len: int, ranks: Ranks) -> None:
         self.ranks = ranks
         self.input_batch = InputBatch(max_num_seqs, max_model_len, BLOCK_SIZE)
-        self._sampled_rows = np.zeros(0, np.int64)
 
     def execute(self, batch: ScheduledBatch) -> NDArray[np.int64]:
         """Make the step's inputs."""
-        self._sampled_rows = self.input_batch.apply(batch).sampled_rows
-        token_ids = np.full(len(self._sampled_rows), TOKEN, np.int64)
+        token_ids = np.full(len(self.input_batch.apply(batch).sampled_rows), TOKEN, np.int64)
         if self.ranks.rank == 0:
-            self.input_batch.sampling_inputs(self._sampled_rows)
+            self.input_batch.sampling_inputs()
             self.append_sampled(token_ids)
         return token_ids
 
     def append_sampled(self, token_ids: NDArray[np.int64]) -> None:
         """See `ModelRunner.append_sampled`."""
-        self.input_batch.append(self._sampled_rows, token_ids)
+        self.input_batch.append(token_ids)
 
 
 def measure_hand_over(size: int, num_seqs: int = 256, num_steps: int = 300) -> dict[str, float]:

@@ -48,9 +48,9 @@ def measure_host_overhead(running: int) -> dict[str, float]:
         inputs = input_batch.apply(batch)
         if inputs.max_seqlen_q == 1:
             input_buffer.upload_decode(inputs, running, max_blocks, MAX_MODEL_LEN)
-        input_batch.sampling_inputs(inputs.sampled_rows)
+        input_batch.sampling_inputs()
         sampled = token_ids[: len(inputs.sampled_rows)]
-        input_batch.append(inputs.sampled_rows, sampled)
+        input_batch.append(sampled)
         built = time.perf_counter()
         scheduler.update(batch, sampled)
         updated = time.perf_counter()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine.input_batch import StepInputs
+from nanovllm.engine.step_inputs import StepInputs
 
 NUM_TOKENS = 6  # of every output
 PARAMS = SamplingParams(seed=1, max_tokens=NUM_TOKENS, top_p=0.95, ignore_eos=True)
@@ -20,9 +20,8 @@ def run(llm: LLM, prompts: list[list[int]]) -> Logits:
     sample = runner._sample
 
     def keep(inputs: StepInputs, logits: Tensor) -> Any:
-        for row, row_logits in zip(inputs.sampled_rows, logits, strict=True):
-            seq_id, position = int(runner.input_batch.seq_ids[row]), int(runner.input_batch.num_tokens[row])
-            kept[seq_id, position] = row_logits.clone()
+        for row, position, row_logits in zip(*runner.input_batch.sampled, logits, strict=True):
+            kept[int(runner.input_batch.seq_ids[row]), int(position)] = row_logits.clone()
         return sample(inputs, logits)
 
     runner._sample = keep

@@ -94,8 +94,8 @@ def assert_clean(llm: LLM) -> None:
     assert llm.is_finished()
     assert manager.num_free_blocks == manager.num_blocks
     assert all(block.ref_count == 0 for block in manager.blocks)
-    assert len(llm.scheduler._rows) == 0
-    assert sorted(llm.scheduler._free_rows) == [0, 1, 2]
+    assert len(llm.scheduler.running) == 0
+    assert sorted(llm.scheduler.running.free_rows) == [0, 1, 2]
     with pytest.raises(RuntimeError, match="forward context"):
         get_forward_context()
     assert not torch.is_inference_mode_enabled()
@@ -261,7 +261,9 @@ INTERRUPTED_METHODS = [
     "scheduler._preempt_newest",
     "scheduler._admit",
     "scheduler._start",
-    "scheduler._sort_running",
+    "scheduler.running.add",
+    "scheduler.running.remove",
+    "scheduler.running.add_tokens",
     "scheduler.update",
     "scheduler._finish",
     "scheduler.block_manager.find_prefix",

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nanovllm.engine.input_batch import StepInputs
+from nanovllm.engine.step_inputs import StepInputs
 from nanovllm.utils.context import AttentionMetadata
 
 ALIGNMENT = 16  # bytes

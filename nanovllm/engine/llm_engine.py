@@ -122,6 +122,8 @@ class LLMEngine:
             sampled = self.scheduler.sampled_sequences(batch)
             self.output_processor.take_logprobs(output, sampled, self.scheduler.running)
         finished = self.scheduler.update(batch, output.token_ids)
+        if self.output_processor.is_following:
+            self.scheduler.append_recent()
         stopped = self.output_processor.follow()
         if stopped:
             self.scheduler.end(stopped, "stop")
@@ -219,7 +221,7 @@ class LLMEngine:
         if params.stop and self.tokenizer is None:
             raise ValueError(f"{name} has stop strings, but the checkpoint has no tokenizer: use stop_token_ids")
         allowed = params.allowed_token_ids if params.min_tokens > 0 else None
-        if allowed is not None and self.scheduler.stop_token_ids(params).issuperset(allowed):
+        if allowed is not None and self.scheduler.stop_tokens.of(params).issuperset(allowed):
             raise ValueError(
                 f"{name} has allowed_token_ids that all end the output, but min_tokens={params.min_tokens}: "
                 f"nothing could be sampled. Allow another token or lower min_tokens"

@@ -13,11 +13,12 @@ from torch import Tensor
 from nanovllm.attention.backend import AttentionBackend, AttentionSpec, choose_backend
 from nanovllm.config import DEFAULT_BATCHED_TOKENS, EngineConfig
 from nanovllm.engine.cuda_graph import Capture, CudaCapture, DecodeGraphs, Run, graph_sizes
-from nanovllm.engine.input_batch import InputBatch, StepInputs, placeholder_inputs
+from nanovllm.engine.input_batch import InputBatch
 from nanovllm.engine.input_buffer import InputBuffer, StepTensors
 from nanovllm.engine.kv_cache import allocate_kv_cache, decide_num_blocks
 from nanovllm.engine.model_loading import load_model
 from nanovllm.engine.scheduled_batch import ScheduledBatch
+from nanovllm.engine.step_inputs import StepInputs, placeholder_inputs
 from nanovllm.layers.logits_processors import edit_logits
 from nanovllm.layers.logprobs import Logprobs, compute_logprobs, compute_prompt_logprobs
 from nanovllm.layers.sampler import Sampler
@@ -90,7 +91,6 @@ class ModelRunner:
         self.max_model_len = max_model_len
         self.max_num_batched_tokens = config.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[self.device.type]
         self.input_batch = InputBatch(config.max_num_seqs, max_model_len, self.block_size)
-        self._sampled_rows = NO_TOKENS  # by the last step
         self.input_buffer = self._make_input_buffer(config.max_num_seqs)
         num_layers = model_config.num_layers
         num_blocks = decide_num_blocks(
@@ -114,7 +114,6 @@ class ModelRunner:
             FloatingPointError: a request's logits are NaN or infinite.
         """
         inputs = self.input_batch.apply(batch)
-        self._sampled_rows = inputs.sampled_rows
         hidden_states, step = self._compute(inputs)
         prompt_logprobs = self._prompt_logprobs(inputs, hidden_states)
         if len(inputs.sampled_rows) == 0:
@@ -129,7 +128,7 @@ class ModelRunner:
         return StepOutput(token_ids, logprobs, prompt_logprobs)
 
     def _sample(self, inputs: StepInputs, logits: Tensor) -> tuple[NDArray[np.int64], Logprobs | None]:
-        how = self.input_batch.sampling_inputs(inputs.sampled_rows)  # made while a GPU computes the logits
+        how = self.input_batch.sampling_inputs()  # made while a GPU computes the logits
         options = how.options
         edited, filters = logits, None
         if options is not None:
@@ -157,7 +156,7 @@ class ModelRunner:
 
     def append_sampled(self, token_ids: NDArray[np.int64]) -> None:
         """Take in the tokens that were sampled in the last step."""
-        self.input_batch.append(self._sampled_rows, token_ids)
+        self.input_batch.append(token_ids)
 
     def _wait(self) -> None:
         """Until the input buffer is free again; where tokens are sampled, reading them does it."""

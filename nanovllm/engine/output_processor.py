@@ -55,10 +55,13 @@ class OutputProcessor:
                 for row in range(len(part.logprobs.chosen_ids)):
                     known[part.first_position + row] = _entries(part.logprobs, row, part.logprobs.token_ids.shape[1])
 
+    @property
+    def is_following(self) -> bool:
+        """Whether the tokens of any request are needed as they come."""
+        return bool(self._followed)
+
     def follow(self) -> list[Sequence]:
         """Detokenize what is new; the sequences that a stop string has ended and that still run."""
-        if not self._followed:
-            return []
         stopped: list[Sequence] = []
         for seq in self._followed:
             if _detokenize(seq) and seq.finish_reason != "stop":

@@ -39,7 +39,7 @@ class SamplingState:
 
     def __init__(self, max_num_seqs: int) -> None:
         self.temperatures = np.zeros(max_num_seqs, np.float32)
-        self.random_states = np.zeros(max_num_seqs, np.uint64)  # of which the next token's number is made
+        self.random_states = np.zeros(max_num_seqs, np.uint64)  # `STEP` times its tokens on, of its next token's number
         self.top_k = np.zeros(max_num_seqs, np.int64)
         self.top_p = np.ones(max_num_seqs, np.float32)
         self.min_p = np.zeros(max_num_seqs, np.float32)
@@ -53,8 +53,8 @@ class SamplingState:
         """Take in the settings of a sequence that joins."""
         row, params = started.row, started.sampling_params
         self.temperatures[row] = params.temperature
-        index = len(started.token_ids) - started.num_prompt_tokens  # of the next output token
-        self.random_states[row] = start_states(np.array([started.seed], np.uint64), np.array([index], np.uint64))[0]
+        first = np.array([-started.num_prompt_tokens]).view(np.uint64)  # output tokens are numbered from 0
+        self.random_states[row] = start_states(np.array([started.seed], np.uint64), first)[0]
         self.top_k[row] = params.top_k
         self.top_p[row] = params.top_p
         self.min_p[row] = params.min_p
@@ -71,18 +71,21 @@ class SamplingState:
         filters = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
         self.has_options[row] = edits or filters or params.logprobs is not None
 
-    def draw(self, rows: Int64Array) -> NDArray[np.float32]:
-        """The numbers that pick the next tokens of `rows`. To be called once a token."""
-        states = self.random_states[rows]
-        self.random_states[rows] = states + STEP
-        return uniform_of(states)
+    def draw(self, rows: Int64Array, num_tokens: Int64Array) -> NDArray[np.float32]:
+        """The numbers that pick the next tokens.
+
+        Args:
+            rows: [num_rows], of which sequences.
+            num_tokens: [..., num_rows], how many tokens each has before.
+        """
+        return uniform_of(self.random_states[rows] + num_tokens.view(np.uint64) * STEP)
 
     def options(self, rows: Int64Array, num_tokens: Int64Array, token_ids: NDArray[np.int32]) -> SamplingOptions | None:
         """What `rows` ask for in this step.
 
         Args:
             rows: [num_sampled].
-            num_tokens: [max_num_seqs], prompt and output so far of all rows.
+            num_tokens: [num_sampled], prompt and output of each so far.
             token_ids: [max_num_seqs, max_model_len], of all rows that are edited.
         """
         if not np.count_nonzero(self.has_options[rows]):  # a third of the time of `any`
@@ -95,7 +98,7 @@ class SamplingState:
         edits = _Collector()
         for index in np.flatnonzero(self.is_edited[rows]).tolist():
             row = int(rows[index])
-            edits.add(index, *self._edited[row], token_ids[row, : num_tokens[row]], int(self.num_prompt_tokens[row]))
+            edits.add(index, *self._edited[row], token_ids[row, : num_tokens[index]], int(self.num_prompt_tokens[row]))
         return SamplingOptions(
             filters=filters,
             edits=edits.collect(),

@@ -8,8 +8,9 @@ from random import Random
 import numpy as np
 import pytest
 
-from nanovllm.engine.input_batch import InputBatch, StepInputs
+from nanovllm.engine.input_batch import InputBatch
 from nanovllm.engine.scheduled_batch import ScheduledBatch, StartedSequence
+from nanovllm.engine.step_inputs import StepInputs
 from nanovllm.layers.random_numbers import uniform
 from nanovllm.sampling_params import SamplingParams
 
@@ -105,11 +106,11 @@ def apply(input_batch: InputBatch, work: Items[tuple[Row, int]], **changes: Item
     """
     inputs = input_batch.apply(make_batch(work, **changes))  # type: ignore[arg-type]
     sampled = expect(inputs, input_batch, work)
-    how = input_batch.sampling_inputs(inputs.sampled_rows)
+    how = input_batch.sampling_inputs()
     assert how.temperatures.tolist() == [np.float32(row.temperature) for row in sampled]
     assert how.uniforms.tolist() == [expected_uniform(row) for row in sampled]
     new = [300 + 7 * row.seq_id + len(row.token_ids) for row in sampled]
-    input_batch.append(inputs.sampled_rows, np.array(new, np.int64))
+    input_batch.append(np.array(new, np.int64))
     for row, token_id in zip(sampled, new, strict=True):
         row.token_ids.append(token_id)
     return how.uniforms.tolist()
@@ -202,7 +203,7 @@ def test_dtypes() -> None:
         assert getattr(inputs, name).dtype == np.int64, name
     for name in ("cu_seqlens_q", "context_lens", "block_tables"):
         assert getattr(inputs, name).dtype == np.int32, name
-    how = input_batch.sampling_inputs(inputs.sampled_rows)
+    how = input_batch.sampling_inputs()
     assert how.temperatures.dtype == how.uniforms.dtype == np.float32
 
 
@@ -210,7 +211,7 @@ def test_a_step_in_which_nobody_samples() -> None:
     row = Row(0, [5, 6, 7], 3, [2])
     input_batch = InputBatch(1, 8, 4)
     inputs = input_batch.apply(make_batch([(row, 2)], started=[row]))
-    how = input_batch.sampling_inputs(inputs.sampled_rows)
+    how = input_batch.sampling_inputs()
     for values in (inputs.sampled_rows, inputs.logits_indices, how.temperatures, how.uniforms):
         assert values.shape == (0,)
     assert inputs.logits_indices.dtype == np.int64
@@ -227,7 +228,7 @@ def test_the_inputs_of_a_step_are_not_changed_by_later_steps() -> None:
     input_batch, row = InputBatch(1, 12, 4), Row(0, [5, 6, 7, 8], 4, [2])
     inputs = input_batch.apply(make_batch([(row, 4)], started=[row]))
     before = [np.copy(getattr(inputs, name)) for name in ("input_ids", "slot_mapping", "context_lens", "block_tables")]
-    input_batch.append(inputs.sampled_rows, np.array([9]))
+    input_batch.append(np.array([9]))
     other = Row(1, [1, 2, 3, 4], 4, [7])
     input_batch.apply(make_batch([(other, 4)], started=[other]))
     after = [getattr(inputs, name) for name in ("input_ids", "slot_mapping", "context_lens", "block_tables")]
@@ -312,9 +313,9 @@ def test_tokens_beyond_max_model_len_touch_no_other_row() -> None:
         Row(0, [1, 2, 3, 4], 4, [0], repetition_penalty=2.0),  # penalties need all tokens
         Row(1, [7, 8], 2, [1], index=1, repetition_penalty=2.0),
     ]
-    inputs = input_batch.apply(make_batch([(rows[0], 4), (rows[1], 2)], started=rows))
-    input_batch.sampling_inputs(inputs.sampled_rows)
-    input_batch.append(inputs.sampled_rows, np.array([99, 9]))
+    input_batch.apply(make_batch([(rows[0], 4), (rows[1], 2)], started=rows))
+    input_batch.sampling_inputs()
+    input_batch.append(np.array([99, 9]))
     assert input_batch.token_ids[1, :3].tolist() == [7, 8, 9]
     rows[1].num_computed_tokens = 2
     rows[1].token_ids.append(9)

@@ -208,7 +208,7 @@ def test_executor_that_gives_the_wrong_number_of_tokens(
         llm.step()
     assert llm.is_finished()
     assert llm.scheduler.block_manager.num_free_blocks == llm.scheduler.block_manager.num_blocks
-    assert len(llm.scheduler._free_rows) == llm.scheduler.max_num_seqs
+    assert len(llm.scheduler.running.free_rows) == llm.scheduler.max_num_seqs
 
 
 def test_refused_requests_use_up_no_ids(make_engine: MakeEngine) -> None:

@@ -53,13 +53,14 @@ class WatchedScheduler(Scheduler):
 
     def check_rows(self) -> None:
         row_of = {seq_id: row for row, seq_id in self.seq_of.items()}
-        assert row_of.keys() == {seq.seq_id for seq in self.running}
-        assert sorted([*row_of.values(), *self._free_rows]) == list(range(self.max_num_seqs))
-        for seq in self.running:
-            row = row_of[seq.seq_id]
-            assert self.num_tokens[row] == len(seq)
-            assert 0 <= self.num_computed_tokens[row] < len(seq)
-            assert self.capacity[row] == len(seq.block_table) * BLOCK_SIZE
+        counts = self.running.counts
+        assert counts.row.tolist() == [row_of[seq.seq_id] for seq in self.running]
+        assert len(row_of) == len(self.running)
+        assert sorted([*row_of.values(), *self.running.free_rows]) == list(range(self.max_num_seqs))
+        self.append_recent()
+        assert counts.num_tokens.tolist() == counts.num_appended.tolist() == [len(seq) for seq in self.running]
+        assert ((counts.num_computed >= 0) & (counts.num_computed < counts.num_tokens)).all()
+        assert counts.capacity.tolist() == [len(seq.block_table) * BLOCK_SIZE for seq in self.running]
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,8 @@ def add(scheduler: Scheduler, *lengths: int, max_tokens: int = 3) -> list[Sequen
 
 def sampled(scheduler: Scheduler, batch: ScheduledBatch) -> NDArray[np.intp]:
     """The positions, in the batch and among those that run, of the sequences whose last token is in the batch."""
-    left = scheduler.num_tokens[batch.rows] - scheduler.num_computed_tokens[batch.rows]
+    counts, size = scheduler.running.counts, len(batch.rows)
+    left = (counts.num_tokens - counts.num_computed)[:size]
     return np.flatnonzero(batch.num_tokens == left)
 
 
@@ -117,7 +119,7 @@ def step(scheduler: WatchedScheduler, token_id: int = 1) -> Step:
     batch = scheduler.schedule()
     seq_of, running = dict(scheduler.seq_of), set(scheduler.seq_of.values())
     seq_ids = tuple(seq_of[row] for row in batch.rows.tolist())
-    assert list(seq_ids) == [seq.seq_id for seq in scheduler.running[: len(seq_ids)]]
+    assert list(seq_ids) == [seq.seq_id for seq in scheduler.running][: len(seq_ids)]
     finished = complete(scheduler, batch, token_id)
     return Step(
         seq_ids=seq_ids,
@@ -151,9 +153,8 @@ def chunks(steps: list[Step]) -> dict[int, list[int]]:
 
 def num_uncomputed_tokens(scheduler: WatchedScheduler) -> int:
     """What is left to compute of all tokens so far."""
-    rows = list(scheduler.seq_of)
-    running = scheduler.num_tokens[rows] - scheduler.num_computed_tokens[rows]
-    return int(running.sum()) + sum(map(len, scheduler.waiting))
+    counts = scheduler.running.counts
+    return int((counts.num_tokens - counts.num_computed).sum()) + sum(map(len, scheduler.waiting))
 
 
 # ---- chunked prefill ----
@@ -265,9 +266,9 @@ def test_an_older_prefill_may_take_the_budget_of_newer_decodes_for_a_while() -> 
     served = [(batch.seq_ids, batch.num_tokens) for batch in run(scheduler)]
     assert served[:5] == [
         ((0, 2), (9, 2)),  # 1 waits for the blocks that it shares with 0
-        ((0, 1, 2), (1, 10, 1)),  # in its first step it gets what the running ones leave over
         ((0, 1), (1, 11)),
-        ((0, 1, 2), (1, 10, 1)),
+        ((0, 1), (1, 11)),
+        ((0, 1, 2), (1, 9, 1)),
         ((0, 1, 2), (1, 1, 1)),
     ]
 
@@ -552,7 +553,7 @@ def test_update_returns_the_finished_and_frees_their_blocks() -> None:
         scheduler.add(seq)
     assert complete(scheduler, scheduler.schedule()) == []
     assert complete(scheduler, scheduler.schedule()) == [short, last]
-    assert (short.block_table, last.block_table, scheduler.running) == ([], [], [long])
+    assert (short.block_table, last.block_table, list(scheduler.running)) == ([], [], [long])
     assert scheduler.block_manager.num_free_blocks == 64 - 2
 
 
@@ -696,7 +697,7 @@ def test_reset_drops_everything(leave: Callable[[WatchedScheduler], None]) -> No
     leave(scheduler)
     scheduler.reset()
     assert scheduler.is_finished()
-    assert sorted(scheduler._free_rows) == [0, 1, 2]
+    assert sorted(scheduler.running.free_rows) == [0, 1, 2]
     assert scheduler.block_manager.num_free_blocks == scheduler.block_manager.num_blocks
     seq = make_seq(7, prompt(1, 9))
     scheduler.add(seq)

@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from nanovllm.engine.block_manager import ROOT, BlockManager, HashFunction, hash_block
-from nanovllm.engine.input_batch import InputBatch, StepInputs
+from nanovllm.engine.input_batch import InputBatch
 from nanovllm.engine.scheduled_batch import ScheduledBatch
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.step_inputs import StepInputs
 from nanovllm.layers.random_numbers import uniform
 from nanovllm.sampling_params import SamplingParams
 
@@ -241,10 +242,10 @@ class Simulation:
         ends = inputs.cu_seqlens_q[1:].tolist()
         sampling = [ends.index(index + 1) for index in inputs.logits_indices.tolist()]
         last = [self.slots(inputs, index, int(inputs.context_lens[index]))[-1] for index in sampling]
-        uniforms = self.input_batch.sampling_inputs(inputs.sampled_rows).uniforms.tolist()
+        uniforms = self.input_batch.sampling_inputs().uniforms.tolist()
         new = [next_token(self.kv_cache[slot], number) for slot, number in zip(last, uniforms, strict=True)]
         tokens = np.array(new, np.int64)
-        self.input_batch.append(inputs.sampled_rows, tokens)
+        self.input_batch.append(tokens)
         return tokens
 
     def slots(self, inputs: StepInputs, index: int, num_tokens: int) -> list[int]:
@@ -271,7 +272,7 @@ class Simulation:
     def check_batch(self, batch: ScheduledBatch, has_preempted: bool) -> None:
         seq_ids, num_tokens = self.ids_of(batch), batch.num_tokens.tolist()
         assert seq_ids == sorted(set(seq_ids))
-        assert seq_ids == [seq.seq_id for seq in self.scheduler.running[: len(seq_ids)]]  # the oldest always goes on
+        assert seq_ids == [seq.seq_id for seq in self.scheduler.running][: len(seq_ids)]  # the oldest always goes on
         assert len(num_tokens) == len(seq_ids)
         assert min(num_tokens) >= 1
         assert sum(num_tokens) <= self.setting.max_num_batched_tokens
@@ -282,12 +283,14 @@ class Simulation:
         assert not (has_preempted and batch.started)
         oldest_waiting = min((seq.seq_id for seq in self.scheduler.waiting), default=self.next_seq_id)
         self.stats["passed over"] += sum(started.seq_id > oldest_waiting for started in batch.started)
-        left = self.scheduler.num_tokens[batch.rows] - self.scheduler.num_computed_tokens[batch.rows]
+        counts = self.scheduler.running.counts
+        left = (counts.num_tokens - counts.num_computed)[: len(seq_ids)]
         assert (batch.num_tokens <= left).all()
         self.stats["chunks"] += int(np.count_nonzero(batch.num_tokens < left))
 
     def check_state(self) -> None:
-        running, waiting = self.scheduler.running, list(self.scheduler.waiting)
+        self.scheduler.append_recent()
+        running, waiting = list(self.scheduler.running), list(self.scheduler.waiting)
         assert len(running) <= self.setting.max_num_seqs
         for queue in (running, waiting):
             assert [seq.seq_id for seq in queue] == sorted({seq.seq_id for seq in queue})
@@ -300,17 +303,20 @@ class Simulation:
         scheduler = self.scheduler
         assert self.row_of.keys() == {seq.seq_id for seq in running}
         rows = [self.row_of[seq.seq_id] for seq in running]
-        assert scheduler._rows.tolist() == rows
-        assert sorted([*rows, *scheduler._free_rows]) == list(range(self.setting.max_num_seqs))
-        assert scheduler.num_tokens[rows].tolist() == [len(seq) for seq in running]
-        assert (scheduler.num_computed_tokens[rows] < scheduler.num_tokens[rows]).all()
-        assert scheduler.capacity[rows].tolist() == [len(seq.block_table) * self.setting.block_size for seq in running]
+        counts = scheduler.running.counts
+        assert counts.row.tolist() == rows
+        assert sorted([*rows, *scheduler.running.free_rows]) == list(range(self.setting.max_num_seqs))
+        assert counts.num_tokens.tolist() == [len(seq) for seq in running]
+        assert (counts.num_computed < counts.num_tokens).all()
+        assert counts.capacity.tolist() == [len(seq.block_table) * self.setting.block_size for seq in running]
 
     def check_progress(self) -> None:
         """After a step the scheduler and the model runner agree on how far each sequence is."""
-        rows = list(self.row_of.values())
-        for name in ("num_tokens", "num_computed_tokens"):
-            assert getattr(self.input_batch, name)[rows].tolist() == getattr(self.scheduler, name)[rows].tolist(), name
+        counts, decodes = self.scheduler.running.counts, self.input_batch._decodes
+        if decodes is not None:
+            self.input_batch._put_back(decodes)
+        assert self.input_batch.num_tokens[counts.row].tolist() == counts.num_tokens.tolist()
+        assert self.input_batch.num_computed_tokens[counts.row].tolist() == counts.num_computed.tolist()
 
     def check_blocks(self, running: list[Sequence]) -> None:
         blocks, free = self.manager.blocks, self.manager._free
@@ -320,11 +326,10 @@ class Simulation:
         assert len(held) + self.manager.num_free_blocks == self.setting.num_blocks
         findable = [block.block_hash is not None for block in free.values()]
         assert findable == sorted(findable)  # blank ones are taken first
+        counts = self.scheduler.running.counts
+        assert (counts.num_computed <= counts.capacity).all()
         for seq in running:
             assert len(set(seq.block_table)) == len(seq.block_table)
-            assert (
-                self.scheduler.num_computed_tokens[self.row_of[seq.seq_id]] <= len(seq.block_table) * self.setting.block_size
-            )
             # A block that may still be written to is in one table only.
             assert all(held[block_id] == 1 for block_id in seq.block_table[seq.num_published_blocks :])
 
@@ -361,7 +366,7 @@ class Simulation:
         assert self.scheduler.is_finished()
         assert self.manager.num_free_blocks == self.setting.num_blocks
         assert not self.manager._being_computed
-        assert sorted(self.scheduler._free_rows) == list(range(self.setting.max_num_seqs))
+        assert sorted(self.scheduler.running.free_rows) == list(range(self.setting.max_num_seqs))
 
 
 def simulate(random: Random, hash_name: str, prefix_caching: bool = True) -> Counter[str]:
