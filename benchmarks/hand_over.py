@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from nanovllm import SamplingParams
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.input_batch import InputBatch
-from nanovllm.engine.scheduled_batch import ScheduledBatch
+from nanovllm.engine.scheduled_batch import ScheduledBatch, Step
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.workers import Job, Runner, Step, Workers
+from nanovllm.engine.workers import Job, Runner, Workers
 from nanovllm.utils.ranks import Ranks
 
 PROMPT_LEN, BLOCK_SIZE, WARM_UP = 200, 16, 20

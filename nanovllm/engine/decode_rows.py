@@ -21,9 +21,8 @@ class DecodeRows:
         rows: int64 [num_seqs], which are they.
         input_ids: int64 [num_seqs], the last tokens.
         positions: int64 [num_seqs], where these are.
-        slot_offsets: int64 [num_seqs], from a position in the last block to its slot.
-        block_tables: int32 [num_seqs, max_blocks].
-        max_num_seqs: rows of the `InputBatch`.
+        block_tables: int32 [max_num_seqs, max_blocks], of all rows.
+        slot_offsets: int64 [max_num_seqs], of all rows: from a position in the last block to its slot.
     """
 
     def __init__(
@@ -31,17 +30,15 @@ class DecodeRows:
         rows: Int64Array,
         input_ids: Int64Array,
         positions: Int64Array,
-        slot_offsets: Int64Array,
         block_tables: NDArray[np.int32],
-        max_num_seqs: int,
+        slot_offsets: Int64Array,
     ) -> None:
-        self.rows, self.input_ids, self.positions, self.block_tables = rows, input_ids, positions, block_tables
+        self.rows, self.input_ids, self.positions = rows, input_ids, positions
         self.num_tokens = positions + 1  # of each sequence, so far
-        self._slot_mapping = positions + slot_offsets
+        self.block_tables = block_tables.take(rows, axis=0)
+        self._slot_mapping = positions + slot_offsets[rows]
         self._max_num_tokens = int(self.num_tokens.max())
         self._indices = np.arange(len(rows))
-        self._index_of = np.full(max_num_seqs, -1)  # by row
-        self._index_of[rows] = self._indices
         self._cu_seqlens_q = np.arange(len(rows) + 1, dtype=np.int32)  # queries of one token
         self._uniforms = np.zeros((0, len(rows)), np.float32)  # of the next tokens
 
@@ -61,19 +58,10 @@ class DecodeRows:
         self._max_num_tokens += 1
         self._uniforms = self._uniforms[1:]
 
-    def take_blocks(self, rows: list[int], block_tables: NDArray[np.int32], slot_offsets: Int64Array) -> None:
-        """Take over the block tables of some rows, which are longer than before.
-
-        Args:
-            rows: may be others, too.
-            block_tables, slot_offsets: of all rows of the `InputBatch`.
-        """
-        where = self._index_of[rows]
-        where = where[where >= 0]
-        changed = self.rows[where]
-        self.block_tables = self.block_tables.copy()
-        self.block_tables[where] = block_tables[changed]
-        self._slot_mapping[where] = self.positions[where] + slot_offsets[changed]
+    def take_blocks(self, block_tables: NDArray[np.int32], slot_offsets: Int64Array) -> None:
+        """Take over the block tables from those of all rows, of which some are longer than before."""
+        self.block_tables = block_tables.take(self.rows, axis=0)
+        self._slot_mapping = self.positions + slot_offsets[self.rows]
 
     def draw(self, sampling: SamplingState) -> NDArray[np.float32]:
         """The numbers that pick the next tokens, [num_seqs]."""

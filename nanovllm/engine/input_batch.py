@@ -42,7 +42,7 @@ class InputBatch:
         # One column more: the token that ends a sequence at max_model_len needs no place, but is written with the others.
         self.token_ids = np.zeros((max_num_seqs, max_model_len + 1), np.int32)
         self.block_tables = np.zeros((max_num_seqs, self.max_blocks), np.int32)
-        self.num_blocks = np.zeros(max_num_seqs, np.int32)
+        self.num_blocks = np.zeros(max_num_seqs, np.int64)
         self.slot_offsets = np.zeros(max_num_seqs, np.int64)  # from a position in the last block to its slot
         self.num_prompt_tokens = np.zeros(max_num_seqs, np.int64)
         self.num_prompt_logprobs = np.full(max_num_seqs, NO_LOGPROBS, np.int64)
@@ -65,10 +65,8 @@ class InputBatch:
             self._decodes = None
         for started in batch.started:
             self._start(started)
-        for row, block_id in batch.new_blocks:
-            self.block_tables[row, self.num_blocks[row]] = block_id
-            self.num_blocks[row] += 1
-            self._find_last_block(row)
+        if batch.new_blocks:
+            self._take_blocks(*np.array(batch.new_blocks).T)
         return self._decode(batch) if batch.is_decode else self._compute_chunks(batch)
 
     def sampling_inputs(self) -> SamplingInputs:
@@ -98,7 +96,7 @@ class InputBatch:
         self.last_token_ids[row] = started.token_ids[-1]
         self.block_tables[row, : len(started.block_table)] = started.block_table
         self.num_blocks[row] = len(started.block_table)
-        self._find_last_block(row)
+        self.slot_offsets[row] = (started.block_table[-1] - len(started.block_table) + 1) * self.block_size
         self.num_tokens[row] = len(started.token_ids)
         self.num_prompt_tokens[row] = started.num_prompt_tokens
         self.num_computed_tokens[row] = started.num_computed_tokens
@@ -106,9 +104,12 @@ class InputBatch:
         self.num_prompt_logprobs[row] = NO_LOGPROBS if wanted is None else wanted
         self.sampling.start(started)
 
-    def _find_last_block(self, row: int) -> None:
-        last = int(self.num_blocks[row]) - 1
-        self.slot_offsets[row] = (int(self.block_tables[row, last]) - last) * self.block_size
+    def _take_blocks(self, rows: Int64Array, block_ids: Int64Array) -> None:
+        """Add a block to the end of the table of each of `rows`."""
+        last = self.num_blocks[rows]
+        self.num_blocks[rows] = last + 1
+        self.block_tables[rows, last] = block_ids
+        self.slot_offsets[rows] = (block_ids - last) * self.block_size
 
     # ---- a step in which each sequence computes its last token ----
 
@@ -119,14 +120,13 @@ class InputBatch:
                 rows=rows,
                 input_ids=self.last_token_ids[rows],
                 positions=self.num_computed_tokens[rows],
-                slot_offsets=self.slot_offsets[rows],
-                block_tables=self.block_tables.take(rows, axis=0),
-                max_num_seqs=self.max_num_seqs,
+                block_tables=self.block_tables,
+                slot_offsets=self.slot_offsets,
             )
         else:
             self._decodes.advance()
             if batch.new_blocks:
-                self._decodes.take_blocks([row for row, _ in batch.new_blocks], self.block_tables, self.slot_offsets)
+                self._decodes.take_blocks(self.block_tables, self.slot_offsets)
         self.sampled = Sampled(batch.rows, self._decodes.num_tokens)
         return self._decodes.inputs(self.block_size)
 

@@ -15,8 +15,8 @@ import torch
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.model_runner import NO_TOKENS, ModelRunner, StepOutput
-from nanovllm.engine.scheduled_batch import ScheduledBatch
-from nanovllm.engine.workers import GRACE, Job, Step, WorkerError, Workers
+from nanovllm.engine.scheduled_batch import ScheduledBatch, Step
+from nanovllm.engine.workers import GRACE, Job, WorkerError, Workers
 from nanovllm.models.config import ModelConfig
 from nanovllm.utils.collectives import PeerLostError
 from nanovllm.utils.device import choose_device

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from nanovllm.engine.workers import Failure, Job, Runner, Step
+from nanovllm.engine.scheduled_batch import Step
+from nanovllm.engine.workers import Failure, Job, Runner
 from nanovllm.utils.collectives import Collectives, PeerLostError
 from nanovllm.utils.mailbox import Mailbox
 from nanovllm.utils.ranks import Ranks

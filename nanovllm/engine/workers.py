@@ -53,30 +53,6 @@ class Job:
     num_threads: int  # of torch, for each rank
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Step:
-    """What a worker is sent for each step."""
-
-    sampled: NDArray[np.int64]  # the tokens that rank 0 sampled in the step before; empty if that failed
-    batch: ScheduledBatch
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Arrays go as bytes: pickling an array, or a dataclass with slots, takes twenty times as long."""
-        return _unpack_step, tuple(_pack(value) for value in (self.sampled, *self.batch))
-
-
-def _pack(value: Any) -> Any:
-    if not isinstance(value, np.ndarray):
-        return value
-    assert value.dtype == np.int64, f"arrays of a batch are int64, not {value.dtype}"
-    return value.tobytes()
-
-
-def _unpack_step(*packed: Any) -> Step:
-    values: list[Any] = [np.frombuffer(value, np.int64) if isinstance(value, bytes) else value for value in packed]
-    return Step(values[0], ScheduledBatch(*values[1:]))
-
-
 class Failure(NamedTuple):
     """Why a worker ended. Pickled, by a process that may not be able to import this class, as a tuple."""
 

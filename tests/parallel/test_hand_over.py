@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from nanovllm import SamplingParams
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.scheduled_batch import ScheduledBatch, StartedSequence
+from nanovllm.engine.scheduled_batch import ScheduledBatch, StartedSequence, Step
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.workers import Job, Step, Workers
+from nanovllm.engine.workers import Job, Workers
 from nanovllm.utils.mailbox import Mailbox, anonymous_file
 from nanovllm.utils.ranks import Ranks
 
