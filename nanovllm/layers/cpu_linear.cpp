@@ -20,6 +20,7 @@
 #include <array>
 #include <optional>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "../utils/cpu_dtypes.h"
@@ -62,31 +63,36 @@ ALWAYS_INLINE Values widen(const T* source) {
 // Bring what will be needed soon into the second-level cache: the first has enough to hold.
 ALWAYS_INLINE void ask_for(const void* now) { __builtin_prefetch(static_cast<const char*>(now) + AHEAD, 0, 2); }
 
+// body(row) for each row, written out. With loops in its place, GCC also stores every sum at every step where an array of
+// sums is larger than the 256 bytes up to which it sees that nobody reads what was stored: from 5 rows of AVX-512 on.
+template <int64_t ROWS, class Body>
+ALWAYS_INLINE void for_rows(const Body& body) {
+  const auto each = [&]<int64_t... ROW>(std::integer_sequence<int64_t, ROW...>) { (body(ROW), ...); };
+  each(std::make_integer_sequence<int64_t, ROWS>());
+}
+
 // out[ROWS][PANEL] += x[ROWS][depth] times weight[depth][PANEL].
 template <int64_t ROWS, class T>
 void multiply_tile(const float* x, int64_t x_stride, const T* weight, int64_t depth, float* out, int64_t out_stride) {
   Vec low[ROWS], high[ROWS];
-#pragma GCC unroll 16
-  for (int64_t row = 0; row < ROWS; ++row) {
+  for_rows<ROWS>([&](int64_t row) {
     low[row] = Vec::loadu(out + row * out_stride);
     high[row] = Vec::loadu(out + row * out_stride + Vec::size());
-  }
+  });
   for (int64_t k = 0; k < depth; ++k) {
     // With more rows, GCC would no longer keep all sums in registers.
     if constexpr (ROWS <= 4 && !std::is_same_v<T, float>) ask_for(weight + k * PANEL);
     const Values w = widen(weight + k * PANEL);
-#pragma GCC unroll 16
-    for (int64_t row = 0; row < ROWS; ++row) {
+    for_rows<ROWS>([&](int64_t row) {
       const Vec value(x[row * x_stride + k]);
       low[row] = at::vec::fmadd(value, w.low, low[row]);
       high[row] = at::vec::fmadd(value, w.high, high[row]);
-    }
+    });
   }
-#pragma GCC unroll 16
-  for (int64_t row = 0; row < ROWS; ++row) {
+  for_rows<ROWS>([&](int64_t row) {
     low[row].store(out + row * out_stride);
     high[row].store(out + row * out_stride + Vec::size());
-  }
+  });
 }
 
 template <class T>
