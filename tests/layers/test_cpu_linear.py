@@ -113,8 +113,9 @@ def test_look_up(kernels: Any, dtype: torch.dtype) -> None:
         assert torch.equal(kernels.look_up(token_ids[:size], packed), table[token_ids[:size]].float())
     with pytest.raises(IndexError, match="token -1 is not in the table"):
         kernels.look_up(torch.tensor([5, -1]), packed)
-    with pytest.raises(IndexError, match="token 112 is not in the table"):
-        kernels.look_up(torch.tensor([112]), packed)
+    beyond = packed.shape[0] * packed.shape[2]
+    with pytest.raises(IndexError, match=f"token {beyond} is not in the table"):
+        kernels.look_up(torch.tensor([beyond]), packed)
 
 
 def test_what_does_not_fit_is_refused(kernels: Any) -> None:
@@ -135,10 +136,10 @@ def test_what_does_not_fit_is_refused(kernels: Any) -> None:
 
 def make_layers() -> nn.ModuleDict:
     layers: dict[str, Any] = {
-        "table": VocabParallelEmbedding(100, 48, Ranks()),
-        "up": ColumnParallelLinear(48, {"gate": 96, "up": 64}, True, Ranks()),
-        "down": RowParallelLinear(160, 48, True, Ranks()),
-        "head": ParallelLMHead(100, 48, Ranks()),
+        "table": VocabParallelEmbedding(100, 64, Ranks()),
+        "up": ColumnParallelLinear(64, {"gate": 96, "up": 64}, True, Ranks()),
+        "down": RowParallelLinear(160, 64, True, Ranks()),
+        "head": ParallelLMHead(100, 64, Ranks()),
     }
     layers["head"].weight = layers["table"].weight
     for index, parameter in enumerate(nn.ModuleDict(layers).parameters()):
@@ -159,7 +160,7 @@ def test_layers_give_what_plain_ones_give_and_a_tied_table_is_there_once(kernels
     assert packed["head"].weight is packed["table"].weight
     token_ids = torch.arange(100)
     assert torch.equal(packed["table"](token_ids), plain["table"](token_ids))
-    for name, input_size in (("up", 48), ("down", 160), ("head", 48)):
+    for name, input_size in (("up", 64), ("down", 160), ("head", 64)):
         x = randn(37, input_size, seed=9)
         torch.testing.assert_close(packed[name](x), plain[name](x), rtol=0, atol=160 * 2**-24 * 160)
 
