@@ -80,8 +80,7 @@ void multiply_tile(const float* x, int64_t x_stride, const T* weight, int64_t de
     high[row] = Vec::loadu(out + row * out_stride + Vec::size());
   });
   for (int64_t k = 0; k < depth; ++k) {
-    // With more rows, GCC would no longer keep all sums in registers.
-    if constexpr (ROWS <= 4 && !std::is_same_v<T, float>) ask_for(weight + k * PANEL);
+    if constexpr (!std::is_same_v<T, float>) ask_for(weight + k * PANEL);
     const Values w = widen(weight + k * PANEL);
     for_rows<ROWS>([&](int64_t row) {
       const Vec value(x[row * x_stride + k]);
