@@ -42,7 +42,7 @@ class InputBatch:
         # One column more: the token that ends a sequence at max_model_len needs no place, but is written with the others.
         self.token_ids = np.zeros((max_num_seqs, max_model_len + 1), np.int32)
         self.block_tables = np.zeros((max_num_seqs, self.max_blocks), np.int32)
-        self.num_blocks = np.zeros(max_num_seqs, np.int64)
+        self.num_blocks = [0] * max_num_seqs
         self.slot_offsets = np.zeros(max_num_seqs, np.int64)  # from a position in the last block to its slot
         self.num_prompt_tokens = np.zeros(max_num_seqs, np.int64)
         self.num_prompt_logprobs = np.full(max_num_seqs, NO_LOGPROBS, np.int64)
@@ -65,8 +65,11 @@ class InputBatch:
             self._decodes = None
         for started in batch.started:
             self._start(started)
-        if batch.new_blocks:
-            self._take_blocks(*np.array(batch.new_blocks).T)
+        for row, block_id in batch.new_blocks:
+            last = self.num_blocks[row]
+            self.num_blocks[row] = last + 1
+            self.block_tables[row, last] = block_id
+            self.slot_offsets[row] = (block_id - last) * self.block_size
         return self._decode(batch) if batch.is_decode else self._compute_chunks(batch)
 
     def sampling_inputs(self) -> SamplingInputs:
@@ -103,13 +106,6 @@ class InputBatch:
         wanted = started.sampling_params.prompt_logprobs
         self.num_prompt_logprobs[row] = NO_LOGPROBS if wanted is None else wanted
         self.sampling.start(started)
-
-    def _take_blocks(self, rows: Int64Array, block_ids: Int64Array) -> None:
-        """Add a block to the end of the table of each of `rows`."""
-        last = self.num_blocks[rows]
-        self.num_blocks[rows] = last + 1
-        self.block_tables[rows, last] = block_ids
-        self.slot_offsets[rows] = (block_ids - last) * self.block_size
 
     # ---- a step in which each sequence computes its last token ----
 

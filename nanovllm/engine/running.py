@@ -22,7 +22,6 @@ class Counts(NamedTuple):
 
     row: IntArray  # its index in the arrays of the model runners, for as long as it runs
     num_tokens: IntArray  # prompt and output
-    num_appended: IntArray  # of these, in its `token_ids`
     num_computed: IntArray  # of these, whose K and V are in the cache
     next_full_block: IntArray  # as many computed tokens will fill the next block
     capacity: IntArray  # tokens that its blocks can hold
@@ -71,7 +70,6 @@ class Running:
         counts = Counts(
             row=np.array([one.row for one in started]),
             num_tokens=lengths,
-            num_appended=lengths,
             num_computed=num_computed,
             next_full_block=num_computed + self.block_size,  # only full blocks are found in the prefix cache
             capacity=np.array([len(one.block_table) for one in started]) * self.block_size,
@@ -112,18 +110,20 @@ class Running:
 
     def append_recent(self) -> None:
         """Bring the `token_ids` of all up to date."""
+        recent, size = self._recent.tobytes(), self._recent.strides[0]
         counts = self.counts
-        places = (counts.num_appended[:, np.newaxis] + np.arange(_RECENT)) & (_RECENT - 1)
-        tokens = self._recent[counts.row[:, np.newaxis], places]
-        lengths = counts.num_tokens - counts.num_appended
-        for seq, new, length in zip(self.sequences, tokens, lengths.tolist(), strict=True):
-            seq.token_ids.frombytes(new[:length].tobytes())
-        counts.num_appended[:] = counts.num_tokens
+        for seq, row, end in zip(self.sequences, counts.row.tolist(), counts.num_tokens.tolist(), strict=True):
+            _append(seq, recent[size * row : size * (row + 1)], end)
 
     def up_to_date(self, position: int) -> Sequence:
         """The sequence at a position, with all its tokens."""
         counts, seq = self.counts, self.sequences[position]
-        recent = self._recent[counts.row[position]]
-        seq.token_ids.frombytes(recent.take(range(len(seq), counts.num_tokens[position]), mode="wrap").tobytes())
-        counts.num_appended[position] = len(seq)
+        _append(seq, self._recent[counts.row[position]].tobytes(), int(counts.num_tokens[position]))
         return seq
+
+
+def _append(seq: Sequence, recent: bytes, num_tokens: int) -> None:
+    """Append what a sequence of `num_tokens` tokens lacks of them, out of its row of the recent ones."""
+    token_ids = seq.token_ids
+    num_missing, place = num_tokens - len(token_ids), len(token_ids) % _RECENT
+    token_ids.frombytes((2 * recent)[4 * place : 4 * (place + num_missing)])  # twice: they may begin again at its beginning

@@ -43,7 +43,6 @@ def test_counts_of_a_sequence_that_starts() -> None:
     assert counts == {
         "row": [MAX_NUM_SEQS - 1],
         "num_tokens": [9],
-        "num_appended": [9],
         "num_computed": [8],
         "next_full_block": [12],
         "capacity": [12],
