@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from nanovllm import SamplingParams
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.input_batch import InputBatch
-from nanovllm.engine.scheduled_batch import ScheduledBatch, Step
+from nanovllm.engine.scheduled_batch import ScheduledBatch, pack_step
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.workers import Job, Runner, Workers
@@ -78,7 +78,7 @@ def _time_steps(runner: Runner, workers: Workers, num_seqs: int, num_steps: int)
     while not scheduler.is_finished():
         batch = scheduler.schedule()
         begin = time.perf_counter()
-        workers.send(Step(token_ids, batch))
+        workers.send(pack_step(token_ids, batch))
         sent = time.perf_counter()
         token_ids = runner.execute(batch)
         made = time.perf_counter()

@@ -15,7 +15,7 @@ import torch
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.model_runner import NO_TOKENS, ModelRunner, StepOutput
-from nanovllm.engine.scheduled_batch import ScheduledBatch, Step
+from nanovllm.engine.scheduled_batch import ScheduledBatch, pack_step
 from nanovllm.engine.workers import GRACE, Job, WorkerError, Workers
 from nanovllm.models.config import ModelConfig
 from nanovllm.utils.collectives import PeerLostError
@@ -67,7 +67,7 @@ class ParallelExecutor:
         with hold_interrupts(), _torch_threads(self._num_threads):  # all ranks come to the step's end
             try:
                 sampled, self._sampled = self._sampled, NO_TOKENS
-                self._workers.send(Step(sampled, batch))
+                self._workers.send(pack_step(sampled, batch))
                 output = self._runner.execute(batch)
                 self._workers.check()  # one that was lost on a GPU leaves nonsense
                 self._sampled = output.token_ids

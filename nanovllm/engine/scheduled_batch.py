@@ -1,11 +1,11 @@
-"""ScheduledBatch: one step, as the scheduler tells it to the model runners; Step: the same on its way to other ranks.
+"""ScheduledBatch: one step, as the scheduler tells it to the model runners, and on its way to other ranks.
 
 What is made anew in each step is a named tuple, here and in the model runner: a frozen dataclass takes four times as long.
 """
 
 from array import array
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,30 +46,26 @@ class ScheduledBatch(NamedTuple):
         return self.num_prefill_tokens == 0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Step:
-    """What a worker is sent for each step."""
-
-    sampled: NDArray[np.int64]  # the tokens that rank 0 sampled in the step before; empty if that failed
-    batch: ScheduledBatch
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Arrays go as bytes: pickling an array, or a dataclass with slots, takes twenty times as long."""
-        batch, arrays = self.batch, (self.sampled, self.batch.rows, self.batch.num_tokens)
-        assert all(array.dtype == np.int64 for array in arrays), "the arrays of a step are int64"
-        rest = (batch.started, batch.new_blocks, batch.num_prefill_tokens, batch.num_decode_tokens)
-        return _unpack_step, (*[array.tobytes() for array in arrays], *rest)
+PackedStep = tuple[bytes, bytes, bytes, tuple[StartedSequence, ...], tuple[tuple[int, int], ...], int, int]
 
 
-def _unpack_step(
-    sampled: bytes,
-    rows: bytes,
-    num_tokens: bytes,
-    started: tuple[StartedSequence, ...],
-    new_blocks: tuple[tuple[int, int], ...],
-    num_prefill_tokens: int,
-    num_decode_tokens: int,
-) -> Step:
+def pack_step(sampled: IntArray, batch: ScheduledBatch) -> PackedStep:
+    """What a worker is sent for a step, as what pickle is quick with: an array or a dataclass takes ten times as long.
+
+    Args:
+        sampled: the tokens that rank 0 sampled in the step before; empty if that failed.
+        batch: the step.
+    """
+    arrays = (sampled, batch.rows, batch.num_tokens)
+    assert all(array.dtype == np.int64 for array in arrays), "the arrays of a step are int64"
+    sampled_bytes, rows, num_tokens = (array.tobytes() for array in arrays)
+    rest = (batch.started, batch.new_blocks, batch.num_prefill_tokens, batch.num_decode_tokens)
+    return (sampled_bytes, rows, num_tokens, *rest)
+
+
+def unpack_step(packed: PackedStep) -> tuple[IntArray, ScheduledBatch]:
+    """What `pack_step` was given."""
+    sampled, rows, num_tokens, started, new_blocks, num_prefill_tokens, num_decode_tokens = packed
     batch = ScheduledBatch(
         started=started,
         new_blocks=new_blocks,
@@ -78,4 +74,4 @@ def _unpack_step(
         num_prefill_tokens=num_prefill_tokens,
         num_decode_tokens=num_decode_tokens,
     )
-    return Step(np.frombuffer(sampled, np.int64), batch)
+    return np.frombuffer(sampled, np.int64), batch

@@ -1,17 +1,17 @@
 """What a worker does: a rank that computes in its own process what rank 0 tells it.
 
-It waits for its pipe to ring, without using the processor, and ends when the pipe is closed or something fails.
+It waits for its socket to ring, without using the processor, and ends when the socket is closed or something fails.
 """
 
 import pickle
+import socket
 import traceback
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
-from nanovllm.engine.scheduled_batch import Step
-from nanovllm.engine.workers import Failure, Job, Runner
+from nanovllm.engine.scheduled_batch import unpack_step
+from nanovllm.engine.workers import DONE, MAX_REPORT, Failure, Job, Runner
 from nanovllm.utils.collectives import Collectives, PeerLostError
 from nanovllm.utils.mailbox import Mailbox
 from nanovllm.utils.ranks import Ranks
@@ -26,41 +26,43 @@ class _ParentGoneError(Exception):
 class _RankZero:
     """The worker's end of the way to rank 0."""
 
-    def __init__(self, pipe: "Connection[Any, Any]", mailbox: Mailbox) -> None:
-        self._pipe = pipe
+    def __init__(self, rings: socket.socket, mailbox: Mailbox) -> None:
+        self._rings = rings
         self._mailbox = mailbox
 
     def receive(self) -> Any:
         try:
-            doorbell = self._pipe.recv_bytes()
-        except (EOFError, OSError) as error:
+            doorbell = self._rings.recv(MAX_REPORT)
+        except OSError as error:
             raise _ParentGoneError from error
+        if not doorbell:
+            raise _ParentGoneError
         return pickle.loads(self._mailbox.read(doorbell))
 
     def report_done(self) -> None:
         try:
-            self._pipe.send_bytes(b"")
+            self._rings.send(DONE)
         except OSError as error:
             raise _ParentGoneError from error
 
 
-def run_worker(rank: int, pipe: "Connection[Any, Any]", mailbox_fd: int, store_fd: int) -> Failure | None:
+def run_worker(rank: int, rings: socket.socket, mailbox_fd: int, store_fd: int) -> Failure | None:
     """Load, then compute step after step.
 
     Returns:
         Why it failed; None when rank 0 has gone.
     """
-    rank_zero = _RankZero(pipe, Mailbox(mailbox_fd))
+    rank_zero = _RankZero(rings, Mailbox(mailbox_fd))
     try:
         try:
             runner = _load(rank, rank_zero, store_fd)
         except USER_ERRORS as error:
             return Failure(traceback.format_exc(), user_error=type(error)(str(error)))
         while True:
-            step: Step = rank_zero.receive()
-            if len(step.sampled):
-                runner.append_sampled(step.sampled)
-            runner.execute(step.batch)
+            sampled, batch = unpack_step(rank_zero.receive())
+            if len(sampled):
+                runner.append_sampled(sampled)
+            runner.execute(batch)
             rank_zero.report_done()
     except _ParentGoneError:
         return None

@@ -7,33 +7,35 @@ if that was an import.
 import os
 import pickle
 import signal
+import socket
 import sys
 import threading
 import time
 import traceback
 from contextlib import suppress
-from multiprocessing.connection import Connection
 from typing import NoReturn
 
 PARENT_CHECK_SECONDS = 0.5
+MAX_TRACEBACK = 10_000  # characters, the last ones: a report must fit in a packet
 
 
 def main() -> NoReturn:
     """Run one worker to its end. Arguments: rank, the parent's process id, and the file descriptors of `Workers`."""
-    rank, parent, pipe_fd, mailbox_fd, store_fd = (int(argument) for argument in sys.argv[1:])
+    rank, parent, socket_fd, mailbox_fd, store_fd = (int(argument) for argument in sys.argv[1:])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
-    pipe = Connection(pipe_fd)
+    rings = socket.socket(fileno=socket_fd)
     failure: tuple[str, bool, Exception | None] | None
     try:
         from nanovllm.engine.worker import run_worker
 
-        failure = run_worker(rank, pipe, mailbox_fd, store_fd)
+        failure = run_worker(rank, rings, mailbox_fd, store_fd)
     except BaseException:
         failure = (traceback.format_exc(), False, None)
     if failure is not None:
+        what, lost_peer, user_error = failure
         with suppress(OSError):
-            pipe.send_bytes(pickle.dumps(failure))
+            rings.send(pickle.dumps((what[-MAX_TRACEBACK:], lost_peer, user_error)))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0 if failure is None else 1)  # the destructors of a group whose other ranks have gone may wait for them

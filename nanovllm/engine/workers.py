@@ -1,23 +1,24 @@
 """Workers: the processes of ranks 1 and on, as rank 0 sees them.
 
-A worker is sent objects and answers each with a report: an empty one, or why it failed. It failed when it says so or has
-ended; whatever happens it does not stay silent, because its end closes its pipe. Messages go through a `Mailbox`, the pipe
-only rings. Workers own nothing that outlives them, so that they are ended by SIGKILL, without politeness and without wait.
+A worker is sent objects and answers each with a report: that it is done, or why it failed. It failed when it says so or has
+ended; whatever happens it does not stay silent, because its end closes its socket. Messages go through a `Mailbox`, the
+socket only rings. Workers own nothing that outlives them, so that they are ended by SIGKILL, without politeness and without
+wait.
 """
 
 import os
 import pickle
+import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ from nanovllm.utils.mailbox import Mailbox, anonymous_file
 from nanovllm.utils.ranks import Ranks
 
 GRACE = 2.0  # seconds in which ranks that have lost another one, or are through with a step, say so
+DONE = b"done"  # a worker's report on a step
+MAX_REPORT = 2**16  # bytes
 _PROGRAM = Path(__file__).with_name("worker_main.py")
 
 
@@ -72,7 +75,7 @@ class Workers:
         self._owner = os.getpid()
         self._closed = False
         self._processes: dict[int, subprocess.Popen[bytes]] = {}  # by rank, as the next
-        self._pipes: dict[int, Connection[Any, Any]] = {}
+        self._sockets: dict[int, socket.socket] = {}
         self._busy: set[int] = set()  # who owes a report
         self._collectives: Collectives | None = None
         self._mailbox = Mailbox(anonymous_file("nanovllm-mailbox"))
@@ -109,10 +112,10 @@ class Workers:
         """
         self.settle()
         doorbell = self._mailbox.write(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
-        for rank, pipe in self._pipes.items():
+        for rank, worker in self._sockets.items():
             self._busy.add(rank)
             try:
-                pipe.send_bytes(doorbell)
+                worker.send(doorbell)
             except OSError:  # it has ended; its report, or the lack of one, says why
                 self.settle(GRACE)
 
@@ -129,9 +132,10 @@ class Workers:
         deadline = None if timeout is None else time.monotonic() + timeout
         failures: list[Failure] = []
         for rank in sorted(self._busy):
-            pipe = self._pipes[rank]
-            if deadline is not None and not pipe.poll(max(0.0, deadline - time.monotonic())):
-                continue
+            if deadline is not None:
+                ready, _, _ = select.select([self._sockets[rank]], [], [], max(0.0, deadline - time.monotonic()))
+                if not ready:
+                    continue
             self._busy.discard(rank)
             failure = self._receive_report(rank)
             if failure is not None:
@@ -160,8 +164,8 @@ class Workers:
                 process.kill()
             for process in self._processes.values():
                 process.wait()
-            for pipe in self._pipes.values():
-                pipe.close()
+            for worker in self._sockets.values():
+                worker.close()
             if self._collectives is not None:
                 self._collectives.close()
             if self._store_fd is not None:
@@ -170,7 +174,7 @@ class Workers:
             self._closed = True
 
     def _spawn(self, rank: int, job: Job) -> None:
-        ours, theirs = Pipe()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # what is sent arrives in one piece
         assert self._store_fd is not None, "started only once"
         fds = [theirs.fileno(), self._mailbox.fd, self._store_fd]
         arguments = [str(number) for number in (rank, os.getpid(), *fds)]
@@ -187,19 +191,21 @@ class Workers:
             pass_fds=fds,
             start_new_session=True,
         )
-        self._pipes[rank] = ours
+        self._sockets[rank] = ours
         theirs.close()
 
     def _receive_report(self, rank: int) -> Failure | None:
         process = self._processes[rank]
         name = f"rank {rank} (process {process.pid})"
         try:
-            report = self._pipes[rank].recv_bytes()
-        except (EOFError, OSError):
-            status = process.wait()  # its pipe is closed only by its end
+            report = self._sockets[rank].recv(MAX_REPORT)
+        except OSError:
+            report = b""
+        if not report:
+            status = process.wait()  # its socket is closed only by its end
             how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
             return Failure(f"{name} {how}")
-        if not report:
+        if report == DONE:
             return None
         failure = Failure(*pickle.loads(report))
         return failure._replace(what=f"{name} failed:\n{failure.what}")

@@ -38,7 +38,7 @@ class Mailbox:
         """Replace the message, which all readers must be done with.
 
         Returns:
-            What tells a reader that it is there, for `read`: short enough for a pipe.
+            What tells a reader that it is there, for `read`: short enough for a packet.
         """
         if self._memory is None or len(message) > len(self._memory):
             os.ftruncate(self.fd, max(2 * len(message), _FIRST_SIZE))

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from nanovllm import SamplingParams
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.scheduled_batch import ScheduledBatch, StartedSequence, Step
+from nanovllm.engine.scheduled_batch import ScheduledBatch, StartedSequence, pack_step, unpack_step
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.workers import Job, Workers
@@ -33,13 +33,13 @@ def test_mailbox_grows_and_readers_follow() -> None:
 def test_step_goes_over_whole() -> None:
     started = StartedSequence(1, 7, (1, 2, 3), 3, 0, (4,), SamplingParams(seed=1), 1)
     batch = ScheduledBatch((started,), ((0, 9),), np.array([0, 1]), np.array([1, 3]), 3, 1)
-    step: Step = pickle.loads(pickle.dumps(Step(np.array([5, 6]), batch)))
-    assert step.sampled.tolist() == [5, 6]
-    assert step.batch.started == batch.started
-    assert step.batch.new_blocks == batch.new_blocks
-    assert step.batch.rows.tolist() == [0, 1]
-    assert step.batch.num_tokens.tolist() == [1, 3]
-    assert (step.batch.num_prefill_tokens, step.batch.num_decode_tokens) == (3, 1)
+    sampled, received = unpack_step(pickle.loads(pickle.dumps(pack_step(np.array([5, 6]), batch))))
+    assert sampled.tolist() == [5, 6]
+    assert received.started == batch.started
+    assert received.new_blocks == batch.new_blocks
+    assert received.rows.tolist() == [0, 1]
+    assert received.num_tokens.tolist() == [1, 3]
+    assert (received.num_prefill_tokens, received.num_decode_tokens) == (3, 1)
 
 
 def test_only_what_changed_goes_over() -> None:
@@ -51,7 +51,7 @@ def test_only_what_changed_goes_over() -> None:
             scheduler.add(Sequence(seq_id, [seq_id] * prompt_len, SamplingParams(), 0, prompt_len + 10))
         first = scheduler.schedule()
         scheduler.update(first, np.zeros(8, np.int64))
-        sizes.append(len(pickle.dumps(Step(np.zeros(8, np.int64), scheduler.schedule()))))
+        sizes.append(len(pickle.dumps(pack_step(np.zeros(8, np.int64), scheduler.schedule()))))
     assert sizes[0] <= sizes[1] < sizes[0] + 8 * 16  # a new block or not
 
 
@@ -80,7 +80,7 @@ def test_ranks_agree_and_messages_of_any_length_arrive() -> None:
         for length in (1, 10**6, 10):
             started = StartedSequence(0, 0, tuple(range(length)), length, 0, (), SamplingParams(), 0)
             batch = ScheduledBatch((started,), (), np.zeros(1, np.int64), np.zeros(1, np.int64), length, length)
-            workers.send(Step(np.zeros(length, np.int64), batch))
+            workers.send(pack_step(np.zeros(length, np.int64), batch))
         workers.settle()
     finally:
         workers.close()
