@@ -74,6 +74,14 @@ class LLM(LLMEngine):
             RuntimeError: other requests are unfinished, or the engine has exited.
             And what `requests` or `on_step` raise.
         """
+        return _one_by_one(self.generate_by_step(requests, on_step))
+
+    def generate_by_step(
+        self,
+        requests: Iterable[Request | tuple[Prompt | Conversation, SamplingParams]],
+        on_step: Callable[[StepResult], None] | None = None,
+    ) -> Iterator[list[tuple[int, RequestOutput | Refusal]]]:
+        """As `generate_as_completed`, but telling together of what a step finished, and of what was refused before it."""
         self._check_idle()
         return self._completed(RequestFeed(requests, self), on_step)
 
@@ -182,18 +190,18 @@ class LLM(LLMEngine):
 
     def _completed(
         self, feed: RequestFeed, on_step: Callable[[StepResult], None] | None
-    ) -> Iterator[tuple[int, RequestOutput | Refusal]]:
+    ) -> Iterator[list[tuple[int, RequestOutput | Refusal]]]:
         with self._clean_after_exceptions(), closing(self._run(feed, on_step)) as steps:  # type: ignore[type-var]
             for finished in steps:
-                yield from feed.take_refused()
-                yield from self._outputs_of(feed.take_completed(finished))
-            yield from feed.take_refused()
-            yield from self._outputs_of(feed.take_aborted())
+                if told := self._tell(feed, feed.take_completed(finished)):
+                    yield told
+            if told := self._tell(feed, feed.take_aborted()):
+                yield told
 
-    def _outputs_of(self, completed: dict[int, list[Sequence]]) -> Iterator[tuple[int, RequestOutput]]:
-        """(index, output) of requests, all decoded in one call."""
+    def _tell(self, feed: RequestFeed, completed: dict[int, list[Sequence]]) -> list[tuple[int, RequestOutput | Refusal]]:
+        """What is new: requests that were refused, and those that are completed, all decoded in one call."""
         sequences = [seq for group in completed.values() for seq in group]
-        return zip(completed, self.output_processor.make_outputs(sequences), strict=True)
+        return [*feed.take_refused(), *zip(completed, self.output_processor.make_outputs(sequences), strict=True)]
 
     def _events(self, sequences: list[Sequence]) -> Iterator[StreamEvent]:
         num_told = dict.fromkeys(sequences, 0)  # unfinished sequences, and how many of their tokens were told
@@ -216,6 +224,14 @@ class LLM(LLMEngine):
 
     def __exit__(self, *exc_info: object) -> None:
         self.exit()
+
+
+def _one_by_one(
+    groups: Iterator[list[tuple[int, RequestOutput | Refusal]]],
+) -> Iterator[tuple[int, RequestOutput | Refusal]]:
+    with closing(groups):  # type: ignore[type-var]
+        for group in groups:
+            yield from group
 
 
 def _one_for_each(sampling_params: SamplingParams | Items[SamplingParams] | None, num_prompts: int) -> Items[SamplingParams]:

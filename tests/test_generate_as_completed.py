@@ -85,6 +85,42 @@ def test_texts_and_conversations_with_template_args(llm: LLM, monkeypatch: pytes
     assert [without_times(outputs[index]) for index in range(3)] == [without_times(output) for output in expected]
 
 
+def test_a_seed_beside_shared_sampling_params(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.8, max_tokens=6, ignore_eos=True, n=2)
+    seeded = SamplingParams(temperature=0.8, max_tokens=6, ignore_eos=True, n=2, seed=5)
+    requests = [
+        Request([1, 2], params, seed=5),
+        Request([1, 2], seeded),
+        Request([1, 2], seeded, seed=6),  # the parameters' own is the stronger one
+        Request([1, 2], params, seed=6),
+        *(Request([1, 2], params, seed=bad) for bad in (-1, True, 2**63)),
+    ]
+    outputs: Any = dict(llm.generate_as_completed(requests))
+    tokens = [[one["token_ids"] for one in outputs[index]["completions"]] for index in range(4)]
+    assert tokens[0] == tokens[1] == tokens[2] != tokens[3]
+    assert [str(outputs[index]).split(",")[0] for index in (4, 5, 6)] == [
+        "seed of request 4 must be at least 0",
+        "seed of request 5 must be an integer",
+        "seed of request 6 must be at most 9223372036854775807",
+    ]
+
+
+def test_by_step_tells_together_what_finishes_together(llm: LLM) -> None:
+    requests = draw(40)
+    expected = list(llm.generate_as_completed(requests))
+    steps: list[StepResult] = []
+    groups = []
+    for told in llm.generate_by_step([*requests, "bad"], steps.append):  # type: ignore[list-item]
+        assert told
+        groups.append(told)
+        finished = {seq.prompt_index for seq in steps[-1].finished}
+        assert {index for index, output in told if not isinstance(output, Exception)} <= finished
+    flat = [(index, without_times(output)) for told in groups for index, output in told if index < 40]
+    assert flat == [(index, without_times(output)) for index, output in expected]
+    assert len(groups) < 40
+    assert_clean(llm)
+
+
 def test_what_can_not_run_is_told_and_the_others_run(llm: LLM) -> None:
     bad: list[tuple[Any, type[Exception], str]] = [
         (("", GREEDY), ValueError, "request {} is empty"),

@@ -1,7 +1,7 @@
 """ResultFile: the output. A line is written as its row finishes; what the file holds is all that is known to be done.
 
-A line is written at the end of the file by one call, so that what a run leaves that was killed is whole lines and perhaps
-the beginning of one more, without a line feed. That is cut off at the next start.
+The lines of rows that finish together are written at the end of the file by one call, so that what a run leaves that was
+killed is whole lines and perhaps the beginning of one more, without a line feed. That is cut off at the next start.
 """
 
 import fcntl
@@ -106,21 +106,22 @@ class ResultFile:
         self._end = end
         return Found(done, num_errors)
 
-    def append(self, result: dict[str, Any]) -> None:
-        """Write one line.
+    def append(self, lines: bytes) -> None:
+        """Write lines, whole ones.
 
         Raises:
-            OSError: it could not be written, such as when the disk is full; then nothing of it is left.
+            OSError: not all could be written, such as when the disk is full; then only whole ones are left.
         """
-        line = encode_line(result)
+        written = 0
         try:
-            written = 0
-            while written < len(line):
-                written += os.pwrite(self._fd, line[written:], self._end + written)
+            while written < len(lines):
+                written += os.pwrite(self._fd, lines[written:], self._end + written)
         except BaseException:
-            os.ftruncate(self._fd, self._end)
+            written = lines.rfind(b"\n", 0, written) + 1
+            os.ftruncate(self._fd, self._end + written)
             raise
-        self._end += len(line)
+        finally:
+            self._end += written
         if time.monotonic() - self._synced > _SYNC_SECONDS:
             self.sync()
 

@@ -34,6 +34,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {  # fields that only these values may
     "add_generation_prompt": (True,),
 }
 _KNOWN = {*_SAMPLING, *_OTHERS, *_IGNORED, *_NEUTRAL}
+MAX_PARAMS = 1024  # sampling parameters that are remembered
 _NAME = "the prompt"  # in errors: a line of the output says which
 
 
@@ -83,9 +84,10 @@ class RowParser:
     """
 
     def __init__(self, defaults: Mapping[str, Any], template_args: Mapping[str, Any], seed: int) -> None:
-        self._defaults = dict(defaults)
+        self._defaults = {**defaults, "seed": None}
         self._template_args = dict(template_args)
         self._seed = seed
+        self._params: dict[str, SamplingParams] = {}  # by the fields that they were made of
 
     def parse(self, row: Row) -> BatchRequest | BadRow:
         """The request of a row."""
@@ -103,10 +105,21 @@ class RowParser:
             raise ValueError(f"chat_template_kwargs must be an object, beside messages, got {template_args!r:.80}")
         values = {name: value for name, value in body.items() if name in _SAMPLING}
         values |= _renamed(body, is_chat)
-        values.setdefault("seed", xxhash.xxh64_intdigest(row.number.to_bytes(8, "little"), self._seed) & MAX_SEED)
-        params = SamplingParams(**{**self._defaults, **values})
-        request = Request(prompt, params, {**self._template_args, **template_args} if is_chat else {}, _NAME)
+        seed = xxhash.xxh64_intdigest(row.number.to_bytes(8, "little"), self._seed) & MAX_SEED
+        template_args = {**self._template_args, **template_args} if is_chat else {}
+        request = Request(prompt, self._params_of(values), template_args, _NAME, seed)
         return BatchRequest(row.number, row.custom_id, is_chat, request)
+
+    def _params_of(self, values: dict[str, Any]) -> SamplingParams:
+        """The sampling parameters of a row's fields; rows that say the same share them."""
+        key = repr(values)  # 1, 1.0 and True are equal, but not as good
+        params = self._params.get(key)
+        if params is None:
+            params = SamplingParams(**{**self._defaults, **values})
+            if len(self._params) >= MAX_PARAMS:
+                self._params.clear()
+            self._params[key] = params
+        return params
 
 
 def open_row(row: InputRow) -> Row | BadRow:

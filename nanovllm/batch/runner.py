@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nanovllm.batch.reader import read_rows
 from nanovllm.batch.response import completions_of, error_line, result_line
-from nanovllm.batch.results import DoneRows, ResultFile
+from nanovllm.batch.results import DoneRows, ResultFile, encode_line
 from nanovllm.batch.rows import BadRow, BatchRequest, Row, RowParser, open_row
 from nanovllm.batch.statistics import Statistics
 from nanovllm.engine.llm_engine import StepResult
@@ -69,12 +69,8 @@ class BatchRun:
         """
         rows = self._rows(path, done)
         ordered = _sort_by_prompt(rows, window) if window else rows
-        for index, output in self._llm.generate_as_completed(self._requests(ordered), self._on_step):
-            row = self._in_flight.pop(index)
-            if isinstance(output, Refusal):
-                self._write_error(BadRow(row.number, row.custom_id, "invalid_request", str(output)))
-            elif all(completion["finish_reason"] != "abort" for completion in completions_of(output)):
-                self._write(row, output)
+        for told in self._llm.generate_by_step(self._requests(ordered), self._on_step):
+            self._write(told)
         self._results.sync()
         return not self._is_stopping
 
@@ -110,12 +106,23 @@ class BatchRun:
             scheduler = self._llm.scheduler
             self._llm.abort(seq.seq_id for seq in (*scheduler.running, *scheduler.waiting))
 
-    def _write(self, row: BatchRequest, output: RequestOutput) -> None:
-        self._results.append(result_line(row, output, self._model, self._created))
-        self.statistics.add_output(output)
+    def _write(self, told: list[tuple[int, RequestOutput | Refusal]]) -> None:
+        """Write the results of rows that finished together."""
+        lines: list[bytes] = []
+        outputs: list[RequestOutput] = []
+        for index, output in told:
+            row = self._in_flight.pop(index)
+            if isinstance(output, Refusal):
+                self._write_error(BadRow(row.number, row.custom_id, "invalid_request", str(output)))
+            elif all(completion["finish_reason"] != "abort" for completion in completions_of(output)):
+                lines.append(encode_line(result_line(row, output, self._model, self._created)))
+                outputs.append(output)
+        self._results.append(b"".join(lines))
+        for output in outputs:
+            self.statistics.add_output(output)
 
     def _write_error(self, bad: BadRow) -> None:
-        self._results.append(error_line(bad))
+        self._results.append(encode_line(error_line(bad)))
         self.statistics.add_error(bad)
         self._on_change(self.statistics)
 
@@ -133,7 +140,8 @@ class CustomIds:
         """Whether it is new; a row without an id always is."""
         if custom_id is None:
             return True
-        key = json.dumps(custom_id).encode()  # 1 and "1" are different, and any text can be encoded
+        # 1 and "1" are different, and any text can be encoded: not to bytes that begin with 255.
+        key = custom_id.encode("utf-8", "surrogatepass") if isinstance(custom_id, str) else b"\xff%d" % custom_id
         return self._database.execute("INSERT OR IGNORE INTO ids VALUES (?)", (key,)).rowcount == 1
 
 

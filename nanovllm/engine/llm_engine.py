@@ -180,6 +180,7 @@ class LLMEngine:
         if self._exited:
             raise RuntimeError("the engine has exited: make a new LLM")
         checked = tokenize(prompts, names, self.tokenizer, self.vocab_size)
+        sound: SamplingParams | None = None  # often the next ones', too
         for index, (tokens, one, name) in enumerate(zip(checked, params, names, strict=True)):
             if isinstance(tokens, Refusal):
                 continue
@@ -187,20 +188,29 @@ class LLMEngine:
                 if not isinstance(one, SamplingParams):
                     raise TypeError(f"sampling_params of {name} must be SamplingParams, got {type(one).__name__}")
                 self._check_length(name, len(tokens), one)
-                self._check_tokens(name, one)
+                if one is not sound:
+                    self._check_tokens(name, one)
+                sound = one
             except (TypeError, ValueError) as error:
                 checked[index] = error
         return checked
 
-    def sequences_of(self, index: int, token_ids: list[int], params: SamplingParams) -> list[Sequence]:
-        """The sequences of a request that was checked, the index-th of those that came together."""
+    def sequences_of(
+        self, index: int, token_ids: list[int], params: SamplingParams, seed: int | None = None
+    ) -> list[Sequence]:
+        """The sequences of a request that was checked, the index-th of those that came together.
+
+        seed: where `params` has none; None: one is drawn for each.
+        """
+        seed = seed if params.seed is None else params.seed
+        max_total_tokens = self._max_total_tokens(len(token_ids), params)
         return [
             Sequence(
                 seq_id=next(self._seq_ids),
                 token_ids=token_ids,
                 sampling_params=params,
-                seed=self._seed_source.randint(0, MAX_SEED) if params.seed is None else derive_seed(params.seed, completion),
-                max_total_tokens=self._max_total_tokens(len(token_ids), params),
+                seed=self._seed_source.randint(0, MAX_SEED) if seed is None else derive_seed(seed, completion),
+                max_total_tokens=max_total_tokens,
                 prompt_index=index,
                 completion_index=completion,
             )

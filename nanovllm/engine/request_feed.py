@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.sequence import Sequence
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import MAX_SEED, SamplingParams, check_int
 from nanovllm.utils.tokenizer import Conversation, Prompt, Refusal, is_conversation, render_chats
 
 
@@ -17,12 +17,14 @@ class Request(NamedTuple):
     sampling_params: how to continue it.
     template_args: passed on to the chat template.
     name: what errors call it; None: "request INDEX".
+    seed: where its sampling parameters have none; so that those can be shared by requests that are alike but for it.
     """
 
     prompt: Prompt | Conversation
     sampling_params: SamplingParams
     template_args: Mapping[str, Any] = MappingProxyType({})
     name: str | None = None
+    seed: int | None = None
 
 
 class RequestFeed(Iterator[list[Sequence]]):
@@ -85,7 +87,7 @@ class RequestFeed(Iterator[list[Sequence]]):
         """Check requests and make their sequences; texts and conversations are tokenized in one call each."""
         requests = [request for _, request in batch]
         names = [request.name or f"request {index}" for index, request in batch]
-        prompts: list[Any] = [request.prompt for request in requests]
+        prompts = [_checked_prompt(request, name) for request, name in zip(requests, names, strict=True)]
         chats = [position for position, prompt in enumerate(prompts) if is_conversation(prompt)]
         if chats:
             rendered = render_chats(
@@ -102,9 +104,20 @@ class RequestFeed(Iterator[list[Sequence]]):
             if isinstance(tokens_or_error, Refusal):
                 self._refused.append((index, tokens_or_error))
             else:
-                self._unfinished[index] = self._engine.sequences_of(index, tokens_or_error, request.sampling_params)
-                sequences += self._unfinished[index]
+                group = self._engine.sequences_of(index, tokens_or_error, request.sampling_params, request.seed)
+                self._unfinished[index] = group
+                sequences += group
         return sequences
+
+
+def _checked_prompt(request: Request, name: str) -> Any:
+    """The prompt; or why the request's seed is none."""
+    if request.seed is not None:
+        try:
+            check_int(f"seed of {name}", request.seed, minimum=0, maximum=MAX_SEED)
+        except (TypeError, ValueError) as error:
+            return error
+    return request.prompt
 
 
 def _as_request(index: int, item: object) -> Request:

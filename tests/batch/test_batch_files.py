@@ -85,8 +85,9 @@ def test_missing_library_is_named(name: str, library: str, tmp_path: Path, monke
 # ---- outputs ----
 
 
-def result(number: int, **fields: Any) -> dict[str, Any]:
-    return {"id": f"batch_req_{number}", "custom_id": "é\u2028", "response": {"body": "x" * number}, "error": None, **fields}
+def result(number: int, **fields: Any) -> bytes:
+    line = {"id": f"batch_req_{number}", "custom_id": "é\u2028", "response": {"body": "x" * number}, "error": None, **fields}
+    return encode_line(line)
 
 
 def test_done_rows_are_those_that_were_added() -> None:
@@ -100,7 +101,7 @@ def test_done_rows_are_those_that_were_added() -> None:
 
 def test_torn_last_line_is_cut_off_wherever_it_ends(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    whole, last = encode_line(result(0)) + encode_line(result(5, error={"code": "x"})), encode_line(result(3))
+    whole, last = result(0) + result(5, error={"code": "x"}), result(3)
     for length in range(len(last)):
         path.write_bytes(whole + last[:length])
         file = ResultFile(path)
@@ -114,17 +115,17 @@ def test_torn_last_line_is_cut_off_wherever_it_ends(tmp_path: Path) -> None:
 
 def test_line_that_the_machine_lost_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    path.write_bytes(encode_line(result(0)) + b"\0" * 50 + b"\n")
+    path.write_bytes(result(0) + b"\0" * 50 + b"\n")
     file = ResultFile(path)
     assert file.repair(num_rows=6).done.count == 1
     file.close()
-    assert path.read_bytes() == encode_line(result(0))
+    assert path.read_bytes() == result(0)
 
 
-@pytest.mark.parametrize("line", [b"something\n", b"{}\n", encode_line(result(99)), encode_line({"id": "x", "error": None})])
+@pytest.mark.parametrize("line", [b"something\n", b"{}\n", result(99), b'{"id":"x","error":null}\n'])
 def test_what_is_no_result_is_left_alone(line: bytes, tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    content = encode_line(result(0)) + line + encode_line(result(1)) + b'{"torn'
+    content = result(0) + line + result(1) + b'{"torn'
     path.write_bytes(content)
     file = ResultFile(path)
     with pytest.raises(ValueError, match=r"line 2 of output .*out\.jsonl is no result"):
@@ -152,10 +153,34 @@ def test_line_that_could_not_be_written_leaves_nothing(
     with pytest.raises(type(error)):
         file.append(result(1))
     monkeypatch.undo()
-    assert path.read_bytes() == encode_line(result(0))
+    assert path.read_bytes() == result(0)
     file.append(result(2))
     file.close()
-    assert path.read_bytes() == encode_line(result(0)) + encode_line(result(2))
+    assert path.read_bytes() == result(0) + result(2)
+
+
+def test_of_lines_that_could_not_all_be_written_the_whole_ones_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the disk is full."""
+    path = tmp_path / "out.jsonl"
+    lines = [result(number) for number in range(4)]
+    ends = [len(b"".join(lines[:number])) for number in range(5)]
+    for room in range(1, ends[-1]):
+        file = ResultFile(path)
+        file.clear()
+
+        def write(fd: int, data: bytes, place: int, really: Callable[..., int] = os.pwrite, room: int = room) -> int:
+            if place >= room:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return really(fd, data[: room - place], place)
+
+        with monkeypatch.context() as context:
+            context.setattr(os, "pwrite", write)
+            with pytest.raises(OSError, match="No space left"):
+                file.append(b"".join(lines))
+        num_whole = sum(end <= room for end in ends) - 1
+        file.append(lines[-1])
+        file.close()
+        assert path.read_bytes() == b"".join([*lines[:num_whole], lines[-1]])
 
 
 def test_an_output_has_one_writer(tmp_path: Path) -> None:

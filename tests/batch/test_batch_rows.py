@@ -40,8 +40,7 @@ def test_chat_in_openais_format() -> None:
     assert (row.number, row.custom_id, row.is_chat) == (7, "a", True)
     assert row.request.prompt == MESSAGES
     assert row.request.template_args == {"enable_thinking": False}
-    seed = row.request.sampling_params.seed
-    expected = SamplingParams(temperature=0.5, max_tokens=5, top_p=0.9, stop="a", logit_bias={12: -3.0}, seed=seed)
+    expected = SamplingParams(temperature=0.5, max_tokens=5, top_p=0.9, stop="a", logit_bias={12: -3.0})
     assert row.request.sampling_params == expected
 
 
@@ -84,9 +83,30 @@ def test_contents_in_parts_are_joined() -> None:
 
 
 def test_seeds_are_functions_of_the_number() -> None:
-    seeds = [read_good(text(), number).request.sampling_params.seed for number in range(100)]
+    seeds = [read_good(text(), number).request.seed for number in range(100)]
     assert len(set(seeds)) == 100
-    assert seeds[5] == read_good(chat(), 5).request.sampling_params.seed
+    assert seeds[5] == read_good(chat(), 5).request.seed
+
+
+def test_rows_that_say_the_same_share_their_sampling_params(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nanovllm.batch.rows.MAX_PARAMS", 3)
+    parser = RowParser({"max_tokens": 3, "seed": 5}, {}, seed=3)
+
+    def params_of(**body: Any) -> SamplingParams:
+        row = open_row(InputRow(0, json.dumps(text(**body)).encode()))
+        request = parser.parse(row)  # type: ignore[arg-type]
+        assert isinstance(request, BatchRequest)
+        return request.request.sampling_params
+
+    first = params_of(top_k=1, stop=["a"])
+    assert params_of(top_k=1, stop=["a"], user="other") is first
+    assert first == SamplingParams(max_tokens=3, top_k=1, stop=["a"])  # the row's own number makes its seed
+    assert params_of(seed=1).seed == 1
+    with pytest.raises(AssertionError):
+        params_of(seed=True)
+    for number in range(10):
+        assert params_of(top_k=number).top_k == number
+        assert len(parser._params) <= 3
 
 
 BAD: list[tuple[Any, str, str]] = [
