@@ -5,8 +5,8 @@
 // used, they take half the memory, and half the time to read, which is what a decode step of few sequences waits for.
 //
 // A packed weight is [num_panels, input_size, PANEL]: the weights that PANEL outputs give to an input lie side by side. A
-// tile of the product, TILE_ROWS rows by PANEL outputs, is held in registers while the inputs go by. Where there are many
-// rows, DEPTH inputs of a panel are widened once, into the first-level cache, and the rows of activations go past.
+// tile of the product, TILE_ROWS rows by PANEL outputs, is held in registers while the inputs go by. Each tile widens them
+// anew: a multiply-add waits for its unit, widening fills the time.
 //
 // Each value of the product is one chain of fused multiply-adds, from the first input to the last, whatever the number of
 // rows and threads: bit for bit the same.
@@ -37,10 +37,11 @@ constexpr int64_t TILE_ROWS = 12;  // with 32 registers
 #else
 constexpr int64_t TILE_ROWS = 6;  // with 16
 #endif
-constexpr int64_t DEPTH = 256;
-constexpr int64_t MAX_ROWS = 192;               // whose activations stay in the second-level cache while panels go by
-constexpr int64_t DIRECT_ROWS = 2 * TILE_ROWS;  // up to so many, widening at each use costs less than storing
-constexpr int64_t AHEAD = 8192;                 // bytes: a stream from memory stops at each page unless it is asked to go on
+constexpr int64_t MAX_ROWS = 192;  // whose activations stay in the second-level cache while panels go by
+constexpr int64_t AHEAD = 8192;    // bytes: a stream from memory stops at each page unless it is asked to go on
+// Inputs at a time: of so many, a panel's weights stay in the first-level cache, with a tile's activations, for all tiles.
+template <class T>
+constexpr int64_t DEPTH = 16384 / (PANEL * sizeof(T));
 
 int64_t count_panels(int64_t output_size) { return (output_size + PANEL - 1) / PANEL; }
 
@@ -117,23 +118,6 @@ void multiply_rows(
   }
 }
 
-// At most DEPTH inputs of a panel.
-template <class T>
-void multiply_inputs(
-    const float* x, int64_t x_stride, int64_t num_rows, const T* weight, int64_t depth, float* out, int64_t out_stride) {
-  if (std::is_same_v<T, float> || num_rows <= DIRECT_ROWS) {
-    return multiply_rows(x, x_stride, num_rows, weight, depth, out, out_stride);
-  }
-  alignas(64) float widened[DEPTH * PANEL];
-  for (int64_t k = 0; k < depth; ++k) {
-    ask_for(weight + k * PANEL);
-    const Values w = widen(weight + k * PANEL);
-    w.low.store(widened + k * PANEL);
-    w.high.store(widened + k * PANEL + Vec::size());
-  }
-  multiply_rows<float>(x, x_stride, num_rows, widened, depth, out, out_stride);
-}
-
 struct Shape {
   int64_t num_rows, input_size, output_size, x_stride;
 };
@@ -150,9 +134,9 @@ void multiply_panel(const float* x, const T* weight, const float* bias, const Sh
     else std::copy_n(bias + panel * PANEL, width, target + row * stride);
   }
   const T* values = weight + panel * shape.input_size * PANEL;
-  for (int64_t k = 0; k < shape.input_size; k += DEPTH) {
-    const int64_t depth = std::min(DEPTH, shape.input_size - k);
-    multiply_inputs(x + k, shape.x_stride, shape.num_rows, values + k * PANEL, depth, target, stride);
+  for (int64_t k = 0; k < shape.input_size; k += DEPTH<T>) {
+    const int64_t depth = std::min(DEPTH<T>, shape.input_size - k);
+    multiply_rows(x + k, shape.x_stride, shape.num_rows, values + k * PANEL, depth, target, stride);
   }
   if (width < PANEL) {
     for (int64_t row = 0; row < shape.num_rows; ++row) {
