@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from nanovllm.engine.scheduled_batch import unpack_step
-from nanovllm.engine.workers import DONE, MAX_REPORT, Failure, Job, Runner
+from nanovllm.engine.worker_main import MAX_REPORT
+from nanovllm.engine.workers import DONE, Failure, Job, Runner
 from nanovllm.utils.collectives import Collectives, PeerLostError
 from nanovllm.utils.mailbox import Mailbox
 from nanovllm.utils.ranks import Ranks

@@ -16,7 +16,8 @@ from contextlib import suppress
 from typing import NoReturn
 
 PARENT_CHECK_SECONDS = 0.5
-MAX_TRACEBACK = 10_000  # characters, the last ones: a report must fit in a packet
+MAX_REPORT = 2**16  # bytes: it is sent in one piece
+MAX_TRACEBACK = 10_000  # characters, the last ones
 
 
 def main() -> NoReturn:
@@ -34,8 +35,11 @@ def main() -> NoReturn:
         failure = (traceback.format_exc(), False, None)
     if failure is not None:
         what, lost_peer, user_error = failure
+        report = pickle.dumps((what[-MAX_TRACEBACK:], lost_peer, user_error))
+        if len(report) > MAX_REPORT:
+            report = pickle.dumps((what[-MAX_TRACEBACK:], lost_peer, None))
         with suppress(OSError):
-            rings.send(pickle.dumps((what[-MAX_TRACEBACK:], lost_peer, user_error)))
+            rings.send(report)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0 if failure is None else 1)  # the destructors of a group whose other ranks have gone may wait for them

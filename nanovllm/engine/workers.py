@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from nanovllm.engine.scheduled_batch import ScheduledBatch
+from nanovllm.engine.worker_main import MAX_REPORT
 from nanovllm.utils.collectives import Collectives
 from nanovllm.utils.interrupts import hold_interrupts
 from nanovllm.utils.mailbox import Mailbox, anonymous_file
@@ -32,7 +33,6 @@ from nanovllm.utils.ranks import Ranks
 
 GRACE = 2.0  # seconds in which ranks that have lost another one, or are through with a step, say so
 DONE = b"done"  # a worker's report on a step
-MAX_REPORT = 2**16  # bytes
 _PROGRAM = Path(__file__).with_name("worker_main.py")
 
 

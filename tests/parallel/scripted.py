@@ -41,6 +41,8 @@ class ScriptedRunner(ModelRunner):
             raise ScriptedError("while loading")
         if self.ranks.rank == 1 and loading == "user error":
             raise ValueError("the user's mistake")
+        if self.ranks.rank == 1 and loading == "long error":
+            raise ValueError("no end of it " * 100_000 + "at last")
         if self.ranks.rank == 0 and loading == "ctrl-c":
             os.kill(os.getpid(), signal.SIGINT)
         if self.ranks.rank == 1 and loading == "threads":

@@ -112,6 +112,7 @@ def test_worker_raises_among_four(checkpoint: CheckpointFactory) -> None:
         ("killed", WorkerError, "killed by SIGKILL"),
         ("raises", WorkerError, "scripted.*\n(.*\n)*.*ScriptedError: while loading"),
         ("user error", ValueError, "the user's mistake"),
+        ("long error", WorkerError, "no end of it at last"),
         ("ctrl-c", KeyboardInterrupt, None),
     ],
 )
