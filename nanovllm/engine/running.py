@@ -64,7 +64,10 @@ class Running:
     # ---- who runs ----
 
     def add(self, sequences: list[Sequence], started: list[StartedSequence]) -> None:
-        """Let more run, which may be older than some that do. What each starts with tells how far it is."""
+        """Let more run. What each starts with tells how far it is.
+
+        sequences: in order of arrival; they may be older than some that run.
+        """
         lengths = np.array([len(seq) for seq in sequences])
         num_computed = np.array([one.num_computed_tokens for one in started])
         counts = Counts(
@@ -76,10 +79,12 @@ class Running:
             max_total_tokens=np.array([seq.max_total_tokens for seq in sequences]),
             in_prefill=np.ones_like(lengths),
         )
-        merged = self.sequences + sequences
-        order = sorted(range(len(merged)), key=lambda position: merged[position].seq_id)
-        self.sequences = [merged[position] for position in order]
-        self._set_counts(np.append(self._table, np.stack(counts), axis=1)[:, order])
+        merged, table = self.sequences + sequences, np.append(self._table, np.stack(counts), axis=1)
+        if self.sequences and sequences[0].seq_id < self.sequences[-1].seq_id:
+            order = sorted(range(len(merged)), key=lambda position: merged[position].seq_id)
+            merged, table = [merged[position] for position in order], table[:, order]
+        self.sequences = merged
+        self._set_counts(table)
 
     def remove(self, positions: list[int]) -> list[Sequence]:
         """Let some run no longer, of ascending positions.

@@ -29,6 +29,7 @@ def start(running: Running, seq: Sequence, num_computed_tokens: int = 0) -> Star
 
 def add(running: Running, *sequences: Sequence) -> None:
     running.add(list(sequences), [start(running, seq) for seq in sequences])
+    assert [seq.seq_id for seq in running] == sorted(seq.seq_id for seq in running)
 
 
 def make_seq(seq_id: int, length: int = 3) -> Sequence:
@@ -54,7 +55,7 @@ def test_counts_of_a_sequence_that_starts() -> None:
 def test_they_are_in_order_of_arrival_with_their_counts() -> None:
     running = Running(MAX_NUM_SEQS, BLOCK_SIZE)
     add(running, make_seq(4, 40), make_seq(6, 60))
-    add(running, make_seq(7, 70), make_seq(5, 50))
+    add(running, make_seq(5, 50), make_seq(7, 70))
     assert [seq.seq_id for seq in running] == [4, 5, 6, 7]
     assert running.counts.num_tokens.tolist() == [40, 50, 60, 70]
     rows = running.counts.row.tolist()
