@@ -15,6 +15,7 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.executor import Executor, SingleRankExecutor
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.parallel_executor import ParallelExecutor
+from nanovllm.engine.request_limits import RequestLimits
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.models import load_model_config
@@ -66,6 +67,13 @@ class LLMEngine:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=self.executor.max_num_batched_tokens,
             eos_token_ids=load_eos_token_ids(folder, self.tokenizer),
+        )
+        self._limits = RequestLimits(
+            self.vocab_size,
+            self.max_model_len,
+            self.scheduler.block_manager,
+            self.scheduler.stop_tokens,
+            has_tokenizer=self.tokenizer is not None,
         )
         self.output_processor = OutputProcessor(self.tokenizer)
         self._seq_ids = itertools.count()
@@ -187,9 +195,9 @@ class LLMEngine:
             try:
                 if not isinstance(one, SamplingParams):
                     raise TypeError(f"sampling_params of {name} must be SamplingParams, got {type(one).__name__}")
-                self._check_length(name, len(tokens), one)
+                self._limits.check_length(name, len(tokens), one)
                 if one is not sound:
-                    self._check_tokens(name, one)
+                    self._limits.check_tokens(name, one)
                 sound = one
             except (TypeError, ValueError) as error:
                 checked[index] = error
@@ -203,7 +211,7 @@ class LLMEngine:
         seed: where `params` has none; None: one is drawn for each.
         """
         seed = seed if params.seed is None else params.seed
-        max_total_tokens = self._max_total_tokens(len(token_ids), params)
+        max_total_tokens = self._limits.max_total_tokens(len(token_ids), params)
         return [
             Sequence(
                 seq_id=next(self._seq_ids),
@@ -216,45 +224,6 @@ class LLMEngine:
             )
             for completion in range(params.n)
         ]
-
-    def _check_tokens(self, name: str, params: SamplingParams) -> None:
-        """Check what of the sampling parameters depends on the model."""
-        last = self.vocab_size - 1
-        for option, token_ids in (
-            ("stop_token_ids", params.stop_token_ids),
-            ("allowed_token_ids", params.allowed_token_ids or ()),
-            ("logit_bias", dict(params.logit_bias)),
-        ):
-            wrong = [token for token in token_ids if token > last]
-            if wrong:
-                raise ValueError(f"{option} of {name} has token {wrong[0]}; the vocabulary is 0 to {last}")
-        if params.stop and self.tokenizer is None:
-            raise ValueError(f"{name} has stop strings, but the checkpoint has no tokenizer: use stop_token_ids")
-        allowed = params.allowed_token_ids if params.min_tokens > 0 else None
-        if allowed is not None and self.scheduler.stop_tokens.of(params).issuperset(allowed):
-            raise ValueError(
-                f"{name} has allowed_token_ids that all end the output, but min_tokens={params.min_tokens}: "
-                f"nothing could be sampled. Allow another token or lower min_tokens"
-            )
-
-    def _check_length(self, name: str, num_prompt_tokens: int, params: SamplingParams) -> None:
-        if num_prompt_tokens >= self.max_model_len:
-            raise ValueError(
-                f"{name} has {num_prompt_tokens} tokens; with max_model_len={self.max_model_len} a prompt has at "
-                f"most {self.max_model_len - 1}. Shorten it or raise max_model_len"
-            )
-        manager = self.scheduler.block_manager
-        # The last token is sampled but never computed, so it needs no place in the cache.
-        needed = manager.num_blocks_for(self._max_total_tokens(num_prompt_tokens, params) - 1)
-        if needed > manager.num_blocks:
-            raise ValueError(
-                f"{name} with {num_prompt_tokens} tokens and max_tokens={params.max_tokens} needs {needed} KV "
-                f"blocks of {manager.block_size} tokens; the cache has {manager.num_blocks}. Lower max_tokens, or raise "
-                f"num_kvcache_blocks or the memory for the KV cache"
-            )
-
-    def _max_total_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:
-        return min(num_prompt_tokens + params.max_tokens, self.max_model_len)
 
     # ---- the end ----
 
