@@ -8,7 +8,6 @@ wait.
 
 import os
 import pickle
-import select
 import signal
 import socket
 import subprocess
@@ -17,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -132,10 +132,8 @@ class Workers:
         deadline = None if timeout is None else time.monotonic() + timeout
         failures: list[Failure] = []
         for rank in sorted(self._busy):
-            if deadline is not None:
-                ready, _, _ = select.select([self._sockets[rank]], [], [], max(0.0, deadline - time.monotonic()))
-                if not ready:
-                    continue
+            if deadline is not None and not wait([self._sockets[rank]], max(0.0, deadline - time.monotonic())):
+                continue
             self._busy.discard(rank)
             failure = self._receive_report(rank)
             if failure is not None:

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import resource
 from functools import partial
 
 import numpy as np
@@ -85,3 +86,19 @@ def test_ranks_agree_and_messages_of_any_length_arrive() -> None:
     finally:
         workers.close()
         workers.close()
+
+
+def test_workers_of_a_process_with_many_open_files() -> None:
+    """Descriptors above 1023 are too high for select()."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 4096)), hard))
+    workers, many = Workers(), [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        collectives = workers.start(Job(partial(AgreeingRunner), torch.device("cpu"), 2, 1))
+        AgreeingRunner(Ranks(0, 2, collectives))
+        workers.settle(timeout=60.0)
+    finally:
+        workers.close()
+        for descriptor in many:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
