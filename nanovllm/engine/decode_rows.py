@@ -25,6 +25,9 @@ class DecodeRows:
         slot_offsets: int64 [max_num_seqs], of all rows: from a position in the last block to its slot.
     """
 
+    block_tables: NDArray[np.int32]  # [num_seqs, max_blocks]
+    _slot_mapping: Int64Array
+
     def __init__(
         self,
         rows: Int64Array,
@@ -35,8 +38,7 @@ class DecodeRows:
     ) -> None:
         self.rows, self.input_ids, self.positions = rows, input_ids, positions
         self.num_tokens = positions + 1  # of each sequence, so far
-        self.block_tables = block_tables.take(rows, axis=0)
-        self._slot_mapping = positions + slot_offsets[rows]
+        self.take_blocks(block_tables, slot_offsets)
         self._max_num_tokens = int(self.num_tokens.max())
         self._indices = np.arange(len(rows))
         self._cu_seqlens_q = np.arange(len(rows) + 1, dtype=np.int32)  # queries of one token
@@ -59,7 +61,7 @@ class DecodeRows:
         self._uniforms = self._uniforms[1:]
 
     def take_blocks(self, block_tables: NDArray[np.int32], slot_offsets: Int64Array) -> None:
-        """Take over the block tables from those of all rows, of which some are longer than before."""
+        """Take the block tables over from those of all rows, whenever some are longer than before."""
         self.block_tables = block_tables.take(self.rows, axis=0)
         self._slot_mapping = self.positions + slot_offsets[self.rows]
 

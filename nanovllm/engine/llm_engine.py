@@ -131,7 +131,7 @@ class LLMEngine:
             self.output_processor.take_logprobs(output, sampled, self.scheduler.running)
         finished = self.scheduler.update(batch, output.token_ids)
         if self.output_processor.is_following:
-            self.scheduler.append_recent()
+            self.scheduler.running.append_recent()
         stopped = self.output_processor.follow()
         if stopped:
             self.scheduler.end(stopped, "stop")

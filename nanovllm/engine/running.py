@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from nanovllm.engine.scheduled_batch import IntArray, StartedSequence
 from nanovllm.engine.sequence import Sequence
 
-_RECENT = 32  # tokens of a sequence that need not have been appended to it yet
+Positions = slice | IntArray  # of running sequences
+_RECENT = 32  # tokens of a sequence that need not have been appended to it yet; a power of two
 
 
 class Counts(NamedTuple):
@@ -103,7 +104,7 @@ class Running:
 
     # ---- their tokens ----
 
-    def add_tokens(self, positions: slice | IntArray, token_ids: NDArray[np.integer]) -> None:
+    def add_tokens(self, positions: Positions, token_ids: NDArray[np.integer]) -> None:
         """Give one token each to the sequences at some positions; `append_recent` brings it to their `token_ids`."""
         counts = self.counts
         lengths = counts.num_tokens[positions]
@@ -131,4 +132,5 @@ def _append(seq: Sequence, recent: bytes, num_tokens: int) -> None:
     """Append what a sequence of `num_tokens` tokens lacks of them, out of its row of the recent ones."""
     token_ids = seq.token_ids
     num_missing, place = num_tokens - len(token_ids), len(token_ids) % _RECENT
-    token_ids.frombytes((2 * recent)[4 * place : 4 * (place + num_missing)])  # twice: they may begin again at its beginning
+    size = token_ids.itemsize
+    token_ids.frombytes((2 * recent)[size * place : size * (place + num_missing)])  # twice: they may go on at its beginning

@@ -39,7 +39,7 @@ class SamplingState:
 
     def __init__(self, max_num_seqs: int) -> None:
         self.temperatures = np.zeros(max_num_seqs, np.float32)
-        self.random_states = np.zeros(max_num_seqs, np.uint64)  # `STEP` times its tokens on, of its next token's number
+        self.random_states = np.zeros(max_num_seqs, np.uint64)  # plus `STEP` times its tokens: of its next number
         self.top_k = np.zeros(max_num_seqs, np.int64)
         self.top_p = np.ones(max_num_seqs, np.float32)
         self.min_p = np.zeros(max_num_seqs, np.float32)

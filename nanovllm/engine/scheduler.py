@@ -18,13 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.running import Running
+from nanovllm.engine.running import Positions, Running
 from nanovllm.engine.scheduled_batch import IntArray, ScheduledBatch, StartedSequence
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.stop_tokens import StopTokens
 from nanovllm.outputs import FinishReason
-
-Positions = slice | IntArray  # of running sequences
 
 
 class Scheduler:
@@ -204,7 +202,7 @@ class Scheduler:
 
     def sampled_sequences(self, batch: ScheduledBatch) -> list[Sequence]:
         """Those whose last token is in the batch, in its order. To be called before `update`."""
-        return [self.running[position] for position in np.arange(len(self.running))[self._sampled(batch)].tolist()]
+        return [self.running[position] for position in self._indices(self._sampled(batch)).tolist()]
 
     def _sampled(self, batch: ScheduledBatch) -> Positions:
         """Their positions. Those of the batch are the first of the running ones."""
@@ -214,6 +212,9 @@ class Scheduler:
         counts = self.running.counts
         return np.flatnonzero(counts.num_computed[:size] + batch.num_tokens == counts.num_tokens[:size])
 
+    def _indices(self, positions: Positions) -> IntArray:
+        return np.arange(len(self.running))[positions]
+
     def _publish(self, position: int) -> None:
         counts, block_size = self.running.counts, self.block_manager.block_size
         num_computed = int(counts.num_computed[position])
@@ -222,7 +223,7 @@ class Scheduler:
 
     def _note_first_token(self, positions: Positions) -> None:
         now = time.perf_counter()
-        for position in np.arange(len(self.running))[positions].tolist():
+        for position in self._indices(positions).tolist():
             if self.running[position].first_token_time is None:
                 self.running[position].first_token_time = now
 
@@ -234,7 +235,7 @@ class Scheduler:
         if not np.count_nonzero(ended):
             return []
         finished: list[int] = []
-        where = np.arange(len(self.running))[positions][ended]
+        where = self._indices(positions)[ended]
         for position, token_id in zip(where.tolist(), token_ids[ended].tolist(), strict=True):
             seq = self.running[position]
             seq.ended_at_stop_token = token_id in self.stop_tokens.of(seq.sampling_params)
@@ -254,10 +255,6 @@ class Scheduler:
         running = self._release([position for position, seq in enumerate(self.running) if seq.finish_reason is not None])
         if len(running) < len(sequences):  # some waited; looking for them takes a while
             self.waiting = deque(seq for seq in self.waiting if seq.finish_reason is None)
-
-    def append_recent(self) -> None:
-        """Bring the `token_ids` of all that run up to date, which may lack the last of them."""
-        self.running.append_recent()
 
     def _release(self, positions: list[int]) -> list[Sequence]:
         """Take back blocks and rows of running sequences that have a finish reason."""

@@ -1,7 +1,7 @@
 """One request: its tokens, its KV blocks, how it ended.
 
 A `Sequence` is data that others change: `Scheduler` appends tokens (the last ones of a sequence that runs
-may be missing, see `Scheduler.append_recent`) and ends it, `BlockManager` alone writes `block_table`,
+may be missing, see `Running.append_recent`) and ends it, `BlockManager` alone writes `block_table`,
 `block_hashes` and `num_published_blocks`. How far a running sequence has been computed is the scheduler's to know.
 """
 

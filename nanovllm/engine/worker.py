@@ -11,10 +11,9 @@ from typing import Any
 import torch
 
 from nanovllm.engine.scheduled_batch import unpack_step
-from nanovllm.engine.worker_main import MAX_REPORT
 from nanovllm.engine.workers import DONE, Failure, Job, Runner
 from nanovllm.utils.collectives import Collectives, PeerLostError
-from nanovllm.utils.mailbox import Mailbox
+from nanovllm.utils.mailbox import DOORBELL_SIZE, Mailbox
 from nanovllm.utils.ranks import Ranks
 
 USER_ERRORS = (ValueError, TypeError, FileNotFoundError)
@@ -33,7 +32,7 @@ class _RankZero:
 
     def receive(self) -> Any:
         try:
-            doorbell = self._rings.recv(MAX_REPORT)
+            doorbell = self._rings.recv(DOORBELL_SIZE)
         except OSError as error:
             raise _ParentGoneError from error
         if not doorbell:

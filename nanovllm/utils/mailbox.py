@@ -9,6 +9,7 @@ import os
 import struct
 
 _DOORBELL = struct.Struct("<Q")  # bytes of the message
+DOORBELL_SIZE = _DOORBELL.size
 _FIRST_SIZE = 2**16
 
 

@@ -57,7 +57,7 @@ class WatchedScheduler(Scheduler):
         assert counts.row.tolist() == [row_of[seq.seq_id] for seq in self.running]
         assert len(row_of) == len(self.running)
         assert sorted([*row_of.values(), *self.running.free_rows]) == list(range(self.max_num_seqs))
-        self.append_recent()
+        self.running.append_recent()
         assert counts.num_tokens.tolist() == [len(seq) for seq in self.running]
         assert ((counts.num_computed >= 0) & (counts.num_computed < counts.num_tokens)).all()
         assert counts.capacity.tolist() == [len(seq.block_table) * BLOCK_SIZE for seq in self.running]

@@ -289,7 +289,7 @@ class Simulation:
         self.stats["chunks"] += int(np.count_nonzero(batch.num_tokens < left))
 
     def check_state(self) -> None:
-        self.scheduler.append_recent()
+        self.scheduler.running.append_recent()
         running, waiting = list(self.scheduler.running), list(self.scheduler.waiting)
         assert len(running) <= self.setting.max_num_seqs
         for queue in (running, waiting):
