@@ -106,7 +106,7 @@ def _build(library: Path, flags: list[str]) -> None:
         raise BuildError(f"no C++ compiler: {compiler!r} is not on the PATH (install g++ or clang++, or set CXX)")
     torch_folder = Path(torch.__file__).parent
     include, lib = torch_folder / "include", torch_folder / "lib"
-    link = [f"-L{lib}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{lib}"]
+    link = [f"-L{lib}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{lib}", *loaded_cpp_library()]
     names = " and ".join(source.name for source in SOURCES)
     logger.info("building %s for this machine; this is done once and takes some 20 seconds", names)
     try:
@@ -114,12 +114,25 @@ def _build(library: Path, flags: list[str]) -> None:
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             target = Path(folder) / library.name
             command = [compiler, *_OPTIONS, *flags, f"-I{include}", "-x", "c++", "-", "-o", str(target), *link]
-            done = subprocess.run(command, input=unit(), capture_output=True, text=True, timeout=TIMEOUT, check=False)
+            done = subprocess.run(
+                command, input=unit(), capture_output=True, text=True, errors="replace", timeout=TIMEOUT, check=False
+            )
             if done.returncode != 0:
                 raise BuildError(f"{compiler} failed on {names}: {_first_error(done.stderr)}")
             target.replace(library)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{names} could not be built: {error}") from error
+
+
+def loaded_cpp_library(maps: Path = Path("/proc/self/maps")) -> list[str]:
+    """The C++ library that torch has loaded, to be linked before the compiler's: a second one, which some link statically,
+    crashes when it formats the message of an error.
+    """
+    try:
+        lines = maps.read_text().splitlines()
+    except OSError:
+        return []
+    return sorted({f"-Wl,{line.split(maxsplit=5)[-1]}" for line in lines if "/libstdc++.so" in line})[:1]
 
 
 def unit() -> str:

@@ -116,6 +116,23 @@ def test_several_processes_may_build_at_once(tmp_path: Path) -> None:
     assert again.wait(timeout=300) == 0
 
 
+def test_a_compiler_that_links_its_own_cpp_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # Two C++ libraries in a process crashed, or lost the number, when one formatted the message of an error.
+    compiler = tmp_path / "c++"
+    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -static-libstdc++\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = """
+        #include <torch/library.h>
+        int64_t positive(int64_t x) { TORCH_CHECK(x > 0, "got ", x, ", which is ", -x, " too few"); return x; }
+        TORCH_LIBRARY(NANOVLLM_OPS, m) { m.def("positive", positive); }
+    """
+    monkeypatch.setattr(cpu_build, "unit", lambda: source)
+    with pytest.raises(RuntimeError, match="got -7, which is 7 too few"):
+        load_library(["-O0"]).positive(-7)
+
+
 def test_a_lower_capability_of_torch_is_obeyed() -> None:
     process = start_python(BUILD_AND_ATTEND, ATEN_CPU_CAPABILITY="default")
     output, _ = process.communicate(timeout=300)
