@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from nanovllm.layers.embed_head import ParallelLMHead
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import ParallelLinear
-from nanovllm.layers.packed_weight import is_packed
+from nanovllm.layers.packed_weight import treats_rows_alike
+from nanovllm.utils.device import cpu_flags
 from nanovllm.utils.methods import replace_methods
 
 ROWS = 64  # enough to be no slower than a few rows where weights are read from memory, few enough not to waste many
@@ -24,18 +25,19 @@ ROWS = 64  # enough to be no slower than a few rows where weights are read from 
 def fix_rows(model: nn.Module) -> None:
     """Let norms and products of `model`, changed in place, work on `ROWS` rows at a time.
 
-    Packed weights need it not: see packed_weight.py. Activation and rotation sum nothing.
+    Most packed weights need it not: see packed_weight.py. Activation and rotation sum nothing.
     """
+    flags = cpu_flags()
     for kind in {type(layer) for layer in model.modules() if isinstance(layer, (ParallelLinear, ParallelLMHead, RMSNorm))}:
-        replace_methods(model, kind, forward=_by_tiles(kind.forward))
+        replace_methods(model, kind, forward=_by_tiles(kind.forward, flags))
 
 
-def _by_tiles(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+def _by_tiles(forward: Callable[[Any, Tensor], Tensor], flags: set[str]) -> Callable[[Any, Tensor], Tensor]:
     """The same for x [num_rows, ...], computed tile by tile."""
 
     def forward_tiles(layer: nn.Module, x: Tensor) -> Tensor:
         weight = layer.weight
-        if isinstance(weight, Tensor) and is_packed(weight):
+        if isinstance(weight, Tensor) and treats_rows_alike(weight, flags):
             return forward(layer, x)
         num_rows = len(x)
         padded = F.pad(x, (0, 0) * (x.dim() - 1) + (0, -num_rows % ROWS))

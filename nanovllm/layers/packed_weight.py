@@ -2,7 +2,7 @@
 
 `F.linear` brings a weight into that layout at every call. Packed once, the product is up to twice as fast for the few rows
 of a decode step, and each row's result is the same, bit for bit, whatever the number of rows (plain float32 products of 1
-to 3 rows differ).
+to 3 rows differ), unless the CPU has AMX.
 """
 
 import platform
@@ -50,9 +50,15 @@ def can_pack(weight: Tensor) -> bool:
     return weight.dtype == torch.float32
 
 
-def is_packed(weight: Tensor) -> bool:
-    """Whether it is in a layout of products: oneDNN's, or that of cpu_linear.cpp."""
-    return weight.is_mkldnn or weight.dim() == 3
+def treats_rows_alike(weight: Tensor, flags: set[str]) -> bool:
+    """Whether a row's product is known to be the same, bit for bit, whatever the number of rows.
+
+    Args:
+        weight: packed or not.
+        flags: the CPU's, see `cpu_flags`. With AMX, logits in bfloat16 were seen to depend on batch or threads.
+    """
+    in_our_layout = weight.dim() == 3  # of cpu_linear.cpp
+    return in_our_layout or (weight.is_mkldnn and not (weight.dtype == torch.bfloat16 and "amx_bf16" in flags))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

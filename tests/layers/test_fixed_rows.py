@@ -1,8 +1,11 @@
 """Layers on a fixed number of rows: the same values, and the same bits for any number of rows."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
+from nanovllm.layers import fixed_rows
 from nanovllm.layers.embed_head import ParallelLMHead
 from nanovllm.layers.fixed_rows import ROWS, fix_rows
 from nanovllm.layers.layernorm import RMSNorm
@@ -46,6 +49,27 @@ def test_norms_of_heads_and_of_sums() -> None:
         torch.testing.assert_close(result, expected)
     heads = x.unflatten(0, (35, 2))
     torch.testing.assert_close(fixed["norm"](heads), plain(heads))
+
+
+@pytest.mark.parametrize(("flags", "expected"), [({"avx512_bf16"}, [1, 100]), ({"amx_bf16"}, [ROWS, ROWS])])
+def test_packed_products_need_it_with_amx(monkeypatch: pytest.MonkeyPatch, flags: set[str], expected: list[int]) -> None:
+    monkeypatch.setattr(fixed_rows, "cpu_flags", lambda: flags)
+    numbers = []
+
+    class Layer(RowParallelLinear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            numbers.append(len(x))
+            return x
+
+    layer = Layer(576, 192, False, Ranks())
+    packed = Mock(spec=torch.Tensor, is_mkldnn=True, dtype=torch.bfloat16)
+    packed.dim.return_value = 2
+    fix_rows(layer)
+    del layer.weight
+    object.__setattr__(layer, "weight", packed)
+    for num_rows in (1, 100):
+        layer(torch.zeros(num_rows, 576))
+    assert [numbers[0], numbers[-1]] == expected
 
 
 def test_plain_products_need_it() -> None:
