@@ -1,8 +1,11 @@
 """What the tests share: tiny random checkpoints, made once a session, and the one real model."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which torch does where it is built for GPUs
 
 import pytest
 import torch

@@ -57,5 +57,7 @@ def test_explicit_choice_that_cannot_work() -> None:
 
 
 def test_nothing_for_gpus_is_imported_before_it_is_needed() -> None:
-    code = "import sys, nanovllm; assert not {'triton', 'flash_attn'} & set(sys.modules), 'imported'"
+    # Whether torch and transformers import Triton for themselves depends on their builds.
+    ours = ["nanovllm.attention.triton_kernels", "nanovllm.layers.triton_layers", "flash_attn"]
+    code = f"import sys, nanovllm; assert not set({ours}) & set(sys.modules), 'imported'"
     subprocess.run([sys.executable, "-c", code], check=True)

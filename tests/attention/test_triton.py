@@ -1,6 +1,5 @@
 """The Triton kernels in Triton's interpreter, against the plain backend."""
 
-import os
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,9 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-
-os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported, which is when a backend is made
-
 from backend_parity import Seqlens, check_against_plain, random_seqlens
 from kept_logits import check, run, run_alone
 
