@@ -17,6 +17,7 @@ from nanovllm.engine.input_batch import InputBatch
 from nanovllm.engine.input_buffer import InputBuffer
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.step_inputs import StepShape
 
 BLOCK_SIZE, MAX_MODEL_LEN, MAX_NUM_BATCHED_TOKENS = 256, 4096, 16384
 NUM_STEPS, NUM_ROUNDS = 100, 6  # the first round is to warm up
@@ -30,6 +31,7 @@ def measure_host_overhead(running: int) -> dict[str, float]:
         BlockManager(running * max_blocks, BLOCK_SIZE), running, MAX_NUM_BATCHED_TOKENS, (151_643, 151_645)
     )
     input_batch = InputBatch(running, MAX_MODEL_LEN, BLOCK_SIZE)
+    shape = StepShape(running, running, max_blocks, 1, MAX_MODEL_LEN)  # of a captured decode
     memory = torch.zeros(InputBuffer.num_bytes(MAX_NUM_BATCHED_TOKENS, running, max_blocks), dtype=torch.uint8)
     input_buffer = InputBuffer(memory, memory)
     rng = Random(0)
@@ -47,7 +49,7 @@ def measure_host_overhead(running: int) -> dict[str, float]:
         scheduled = time.perf_counter()
         inputs = input_batch.apply(batch)
         if inputs.max_seqlen_q == 1:
-            input_buffer.upload_decode(inputs, running, max_blocks, MAX_MODEL_LEN)
+            input_buffer.upload(inputs, shape)
         input_batch.sampling_inputs()
         sampled = token_ids[: len(inputs.sampled_rows)]
         input_batch.append(sampled)

@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanovllm.utils.context import AttentionMetadata
 
@@ -41,8 +41,10 @@ class AttentionBackend(ABC):
     """Paged attention for one model on one rank."""
 
     DEFAULT_BLOCK_SIZE: ClassVar[int] = 16
-    CAN_BE_CAPTURED: ClassVar[bool] = False  # in a CUDA graph: nothing in a decode looks at a tensor's values on the host
-    HAS_LAYER_KERNELS: ClassVar[bool] = False  # its library has products and the small layers too
+    # In a CUDA graph: nothing looks at a tensor's values on the host.
+    CAN_CAPTURE_DECODES: ClassVar[bool] = False
+    CAN_CAPTURE_CHUNKS: ClassVar[bool] = False  # queries of any length, in a batch whose shape says only how long at most
+    HAS_PRODUCTS: ClassVar[bool] = False  # its library multiplies float32 weights too
 
     def __init__(self, spec: AttentionSpec) -> None:
         self.spec = spec
@@ -52,6 +54,10 @@ class AttentionBackend(ABC):
     @abstractmethod
     def why_not(spec: AttentionSpec) -> str | None:
         """Why this backend cannot serve `spec` on this machine, or None when it can."""
+
+    def fuse_layers(self, model: nn.Module) -> None:
+        """Let the small layers of `model`, changed in place, run as kernels where this backend runs, if it has some."""
+        return
 
     @abstractmethod
     def allocate_cache(self, num_blocks: int) -> Tensor:
@@ -92,8 +98,8 @@ class _Entry(NamedTuple):
 # In the order in which "auto" tries them.
 BACKENDS = {
     "cpu": _Entry("nanovllm.attention.cpu", "CPUBackend", ("cpu",)),
-    "flash_attn": _Entry("nanovllm.attention.flash_attn", "FlashAttnBackend", ("cuda",)),
     "triton": _Entry("nanovllm.attention.triton", "TritonBackend", ("cuda",)),
+    "flash_attn": _Entry("nanovllm.attention.flash_attn", "FlashAttnBackend", ("cuda",)),
     "torch_reference": _Entry("nanovllm.attention.torch_reference", "TorchReferenceBackend", ("cpu", "cuda")),
 }
 

@@ -3,9 +3,10 @@
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanovllm.attention.backend import AttentionBackend, AttentionSpec
+from nanovllm.layers.cpu_layers import fuse_layers
 from nanovllm.utils.context import AttentionMetadata
 from nanovllm.utils.cpu_build import BuildError, load_kernels
 
@@ -16,7 +17,7 @@ MAX_HEAD_DIM = 256
 class CPUBackend(AttentionBackend):
     """One kernel for prefill chunks and decodes; a row's result is the same, bit for bit, whatever else is in the batch."""
 
-    HAS_LAYER_KERNELS: ClassVar[bool] = True
+    HAS_PRODUCTS: ClassVar[bool] = True
 
     def __init__(self, spec: AttentionSpec) -> None:
         super().__init__(spec)
@@ -38,6 +39,10 @@ class CPUBackend(AttentionBackend):
         except BuildError as error:
             return str(error)
         return None
+
+    def fuse_layers(self, model: nn.Module) -> None:
+        """See `AttentionBackend.fuse_layers`."""
+        fuse_layers(model, self._kernels)
 
     def allocate_cache(self, num_blocks: int) -> Tensor:
         """[num_blocks, num_kv_heads, block_size / 16, 2 (K, V), 16 * head_dim]: tiles, laid out inside by the kernel."""

@@ -24,6 +24,7 @@ class FlashAttnBackend(TritonBackend):
     """Decodes go to `flash_attn_with_kvcache`, which splits long contexts; any other batch to `flash_attn_varlen_func`."""
 
     DEFAULT_BLOCK_SIZE: ClassVar[int] = BLOCK_SIZE_UNIT
+    CAN_CAPTURE_CHUNKS: ClassVar[bool] = False  # its grid would be as large as if every query were the longest
 
     @staticmethod
     def why_not(spec: AttentionSpec) -> str | None:

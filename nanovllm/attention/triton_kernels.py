@@ -11,6 +11,9 @@ Memory behind a context is never loaded: it may hold NaN, which no mask on score
 import triton
 import triton.language as tl
 
+# Arguments that change from step to step: Triton would compile again for 1, and for multiples of 16.
+BATCH_SIZES = ("table_stride", "num_seqs", "max_parts")
+
 
 @triton.jit
 def store_kvcache_kernel(
@@ -90,6 +93,27 @@ def _attend_range(
 
 
 @triton.jit
+def _first_tile(seq, cu_seqlens_q_ptr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Where a sequence's tiles begin among those of the batch.
+
+    It has (floor of the rows up to its end) - (floor of those up to its begin) + 1 of them: at least as many as it needs, so
+    that nobody has to count the tiles of those before it.
+    """
+    return tl.load(cu_seqlens_q_ptr + seq) * GROUP // BLOCK_M + seq
+
+
+@triton.jit
+def _find_sequence(tile, num_seqs, cu_seqlens_q_ptr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The last sequence whose tiles do not begin behind `tile`."""
+    seq, behind = 0, num_seqs
+    while behind - seq > 1:
+        middle = (seq + behind) // 2
+        is_behind = _first_tile(middle, cu_seqlens_q_ptr, GROUP, BLOCK_M) > tile
+        seq, behind = tl.where(is_behind, seq, middle), tl.where(is_behind, middle, behind)
+    return seq
+
+
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def prefill_kernel(
     q_ptr,  # [num_tokens, num_heads, head_dim]
     out_ptr,
@@ -99,6 +123,7 @@ def prefill_kernel(
     block_tables_ptr,  # int32 [num_seqs, table_stride]
     table_stride,
     plane_stride,
+    num_seqs,
     scale,
     min_queries,  # of a sequence; those with fewer are left alone
     GROUP: tl.constexpr,  # query heads that share a KV head
@@ -109,12 +134,14 @@ def prefill_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program a (tile of queries, KV head, sequence).
+    """One program a (tile of queries, KV head); the tiles of all sequences lie one after the other.
 
     A row's sums are over the same tiles of the context in the same order whatever the other rows of its tile see: what is
     masked adds 0. It is 0 in a padding row, whose context is empty.
     """
-    tile, kv_head, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    tile, kv_head = tl.program_id(0), tl.program_id(1)
+    seq = _find_sequence(tile, num_seqs, cu_seqlens_q_ptr, GROUP, BLOCK_M)
+    tile -= _first_tile(seq, cu_seqlens_q_ptr, GROUP, BLOCK_M)
     first_token = tl.load(cu_seqlens_q_ptr + seq)
     num_rows = (tl.load(cu_seqlens_q_ptr + seq + 1) - first_token) * GROUP
     if (num_rows >= min_queries * GROUP) & (tile * BLOCK_M < num_rows):
@@ -129,7 +156,7 @@ def prefill_kernel(
             first_position + row // GROUP,
             0,
             end,
-            block_tables_ptr + seq * table_stride,
+            block_tables_ptr + seq.to(tl.int64) * table_stride,
             k_ptr,
             k_ptr + plane_stride,
             scale,
@@ -142,7 +169,7 @@ def prefill_kernel(
         tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def decode_kernel(
     q_ptr,
     partial_ptr,  # float32 [num_seqs, num_heads, max_parts, head_dim]
@@ -198,7 +225,7 @@ def decode_kernel(
             tl.store(target, acc / row_sum[:, None], mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def merge_kernel(
     partial_ptr,
     lse_ptr,

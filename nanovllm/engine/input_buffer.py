@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nanovllm.engine.step_inputs import StepInputs
+from nanovllm.engine.step_inputs import StepInputs, StepShape
 from nanovllm.utils.context import AttentionMetadata
 
 ALIGNMENT = 16  # bytes
-MAX_LAYOUTS = 128  # that are remembered: more than there are graphs
+MAX_LAYOUTS = 256  # that are remembered: more than there are graphs
 
 Array = TypeVar("Array")
 
@@ -43,46 +43,39 @@ class InputBuffer:
 
     def __init__(self, host: Tensor, device: Tensor) -> None:
         self._host, self._device = host, device
-        self._layouts: dict[tuple[int, int, int, int], _Layout] = {}
+        self._layouts: dict[tuple[int, int, int], _Layout] = {}
 
     @staticmethod
     def num_bytes(max_num_tokens: int, max_num_seqs: int, max_blocks: int) -> int:
-        """What the largest step needs: 3 arrays of tokens, the block tables, and a dozen values a sequence."""
-        return 24 * max(max_num_tokens, max_num_seqs) + (4 * max_blocks + 128) * max_num_seqs + 64 * ALIGNMENT
+        """What the largest step needs: 3 arrays of tokens, the block tables, and a few values a sequence, and one more."""
+        return 24 * max(max_num_tokens, max_num_seqs) + (4 * max_blocks + 32) * (max_num_seqs + 1) + 64 * ALIGNMENT
 
-    def upload(self, inputs: StepInputs) -> StepTensors:
-        """Take a step to the device as it is."""
-        return self._upload(inputs, len(inputs.context_lens), inputs.block_tables.shape[1], inputs.max_context_len)
+    def upload(self, inputs: StepInputs, shape: StepShape | None = None) -> StepTensors:
+        """Take a step to the device.
 
-    def upload_decode(self, inputs: StepInputs, num_rows: int, max_blocks: int, max_context_len: int) -> StepTensors:
-        """Take a step in which all sequences decode to the device, in the shapes of a batch of `num_rows`.
-
-        The added rows write nothing (slot -1) and see nothing (context 0), whatever their block tables hold.
+        Args:
+            inputs: of the step.
+            shape: to pad it to; by default as it is. It has room for one sequence more, unless nothing is added: what is
+                added belongs to sequences that write nothing (slot -1) and see nothing (context 0), whatever their block
+                tables hold. In a decode each has one token, else the first has them all.
         """
-        return self._upload(inputs, num_rows, max_blocks, max_context_len)
-
-    def _upload(self, inputs: StepInputs, num_rows: int, max_blocks: int, max_context_len: int) -> StepTensors:
-        num_seqs, width = inputs.block_tables.shape
-        num_tokens = len(inputs.input_ids) + num_rows - num_seqs
-        shape = (num_tokens, num_rows, max_blocks, len(inputs.logits_indices))
-        layout = self._layouts.get(shape)
-        if layout is None:
-            if len(self._layouts) >= MAX_LAYOUTS:
-                self._layouts.clear()
-            layout = self._layouts[shape] = _Layout.of(shape, self._host, self._device)
+        shape = shape or inputs.shape
+        layout = self._layout_of(shape)
         host, device = layout.host, layout.device
-        size = len(inputs.input_ids)
+        (num_seqs, width), size, num_sampled = inputs.block_tables.shape, len(inputs.input_ids), len(inputs.logits_indices)
         host.input_ids[:size] = inputs.input_ids
         host.positions[:size] = inputs.positions
         host.slot_mapping[:size] = inputs.slot_mapping
         host.context_lens[:num_seqs] = inputs.context_lens
         host.cu_seqlens_q[: num_seqs + 1] = inputs.cu_seqlens_q
         host.block_tables[:num_seqs, :width] = inputs.block_tables  # nobody reads the others
-        host.logits_indices[:] = inputs.logits_indices
-        if num_rows > num_seqs:
+        host.logits_indices[:num_sampled] = inputs.logits_indices
+        if shape.num_seqs > num_seqs:
             host.input_ids[size:] = host.positions[size:] = host.context_lens[num_seqs:] = 0
             host.slot_mapping[size:] = -1
-            host.cu_seqlens_q[num_seqs + 1 :] = range(num_seqs + 1, num_rows + 1)  # queries of one token
+            added = shape.num_seqs - num_seqs
+            ends = np.arange(size + 1, size + added + 1) if shape.is_decode else shape.num_tokens
+            host.cu_seqlens_q[num_seqs + 1 :] = ends
         if self._device is not self._host:
             self._device[: layout.num_bytes].copy_(self._host[: layout.num_bytes], non_blocking=True)
         metadata = AttentionMetadata(
@@ -90,23 +83,31 @@ class InputBuffer:
             context_lens=device.context_lens,
             block_tables=device.block_tables,
             slot_mapping=device.slot_mapping,
-            max_seqlen_q=inputs.max_seqlen_q,
-            max_context_len=max_context_len,
+            max_seqlen_q=shape.max_seqlen_q,
+            max_context_len=shape.max_context_len,
         )
-        return StepTensors(device.input_ids, device.positions, metadata, device.logits_indices)
+        return StepTensors(device.input_ids, device.positions, metadata, device.logits_indices[:num_sampled])
+
+    def _layout_of(self, shape: StepShape) -> "_Layout":
+        sizes = shape.num_tokens, shape.num_seqs, shape.max_blocks
+        if sizes not in self._layouts:
+            if len(self._layouts) >= MAX_LAYOUTS:
+                self._layouts.clear()
+            self._layouts[sizes] = _Layout.of(sizes, self._host, self._device)
+        return self._layouts[sizes]
 
 
 @dataclass(frozen=True, slots=True)
 class _Views(Generic[Array]):
     """The arrays of a step in one of the buffers. See `StepInputs` for what they hold."""
 
-    positions: Array  # first, at offset 0: compiled code is made anew when an offset of its inputs changes
     input_ids: Array
+    positions: Array
     slot_mapping: Array
     context_lens: Array
     cu_seqlens_q: Array
     block_tables: Array
-    logits_indices: Array  # last: in a padded batch they are fewer than what runs, and must move nothing else
+    logits_indices: Array  # [num_seqs], of which those that are sampled come first
 
 
 class _Layout(NamedTuple):
@@ -117,9 +118,9 @@ class _Layout(NamedTuple):
     num_bytes: int
 
     @staticmethod
-    def of(shape: tuple[int, int, int, int], host: Tensor, device: Tensor) -> "_Layout":
-        """The layout of steps with so many tokens, sequences, columns of the block tables, and sampled tokens."""
-        num_tokens, num_seqs, max_blocks, num_sampled = shape
+    def of(sizes: tuple[int, int, int], host: Tensor, device: Tensor) -> "_Layout":
+        """The layout of steps with so many tokens, sequences, and columns of the block tables."""
+        num_tokens, num_seqs, max_blocks = sizes
         int64, int32 = torch.int64, torch.int32
         host_views, device_views, end = [], [], 0
         for dtype, size in (
@@ -129,11 +130,11 @@ class _Layout(NamedTuple):
             (int32, (num_seqs,)),
             (int32, (num_seqs + 1,)),
             (int32, (num_seqs, max_blocks)),
-            (int64, (num_sampled,)),
+            (int64, (num_seqs,)),
         ):
             begin, num_bytes = end, math.prod(size) * dtype.itemsize
             end = begin + -(-num_bytes // ALIGNMENT) * ALIGNMENT
-            assert end <= len(host), f"the inputs of a step of shape {shape} exceed their buffer of {len(host)} bytes"
+            assert end <= len(host), f"the inputs of a step of sizes {sizes} exceed their buffer of {len(host)} bytes"
             host_views.append(host[begin : begin + num_bytes].view(dtype).view(size).numpy())
             device_views.append(device[begin : begin + num_bytes].view(dtype).view(size))
         return _Layout(_Views(*host_views), _Views(*device_views), end)

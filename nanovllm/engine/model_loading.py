@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 
 from nanovllm.attention.backend import AttentionBackend
-from nanovllm.layers.cpu_layers import fuse_layers
 from nanovllm.layers.cpu_linear import use_packed_weights
 from nanovllm.layers.fixed_rows import fix_rows
 from nanovllm.layers.packed_weight import pack_weights
@@ -27,17 +26,15 @@ def load_model(model: CheckpointModule, folder: Path, backend: AttentionBackend,
         As `load_weights`.
     """
     spec = backend.spec
-    kernels = load_kernels() if backend.HAS_LAYER_KERNELS else None
-    if kernels is not None and spec.dtype == torch.float32:
+    if backend.HAS_PRODUCTS and spec.dtype == torch.float32:
         materialize(model, spec.dtype, spec.device, stored_matrix_dtype(folder))
         load_weights(model, folder, ranks)
-        use_packed_weights(model, kernels)
+        use_packed_weights(model, load_kernels())
     else:
         materialize(model, spec.dtype, spec.device)
         load_weights(model, folder, ranks)
         pack_weights(model)
     if spec.batch_invariant:
         fix_rows(model)
-    if kernels is not None:
-        fuse_layers(model, kernels)
+    backend.fuse_layers(model)
     model.to(spec.device).eval()  # the tables of the rotary embedding are still to be moved

@@ -12,19 +12,19 @@ from torch import Tensor
 
 from nanovllm.attention.backend import AttentionBackend, AttentionSpec, choose_backend
 from nanovllm.config import DEFAULT_BATCHED_TOKENS, EngineConfig
-from nanovllm.engine.cuda_graph import Capture, CudaCapture, DecodeGraphs, Run, graph_sizes
+from nanovllm.engine.cuda_graph import Capture, CudaCapture, Run, StepGraphs, chunk_sizes, decode_sizes
 from nanovllm.engine.input_batch import InputBatch
 from nanovllm.engine.input_buffer import InputBuffer, StepTensors
 from nanovllm.engine.kv_cache import allocate_kv_cache, decide_num_blocks
 from nanovllm.engine.model_loading import load_model
 from nanovllm.engine.scheduled_batch import ScheduledBatch
-from nanovllm.engine.step_inputs import StepInputs, placeholder_inputs
+from nanovllm.engine.step_inputs import StepInputs, StepShape, placeholder_inputs
 from nanovllm.layers.logits_processors import edit_logits
 from nanovllm.layers.logprobs import Logprobs, compute_logprobs, compute_prompt_logprobs
 from nanovllm.layers.sampler import Sampler
 from nanovllm.models import get_model_class
 from nanovllm.models.config import ModelConfig
-from nanovllm.utils.compile import compile_layers
+from nanovllm.utils.compile import compile_sampler
 from nanovllm.utils.context import ForwardContext, forward_context
 from nanovllm.utils.device import choose_device, choose_dtype
 from nanovllm.utils.ranks import Ranks
@@ -85,8 +85,7 @@ class ModelRunner:
         load_model(self.model, folder, self.backend, ranks)
         self.sampler = Sampler()
         if self.device.type == "cuda" and not (config.enforce_eager or config.batch_invariant):
-            compile_layers(self.model)
-            compile_layers(self.sampler)
+            compile_sampler(self.sampler)
         self.block_size = self.backend.spec.block_size
         self.max_model_len = max_model_len
         self.max_num_batched_tokens = config.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[self.device.type]
@@ -98,10 +97,11 @@ class ModelRunner:
         )
         self.num_kvcache_blocks = ranks.minimum(num_blocks)  # which includes what the last to load has left over
         self.kv_cache = allocate_kv_cache(self.backend, num_layers, self.num_kvcache_blocks)
-        self.graphs: DecodeGraphs | None = None
-        can_capture = ranks.size == 1 and self.backend.CAN_BE_CAPTURED
+        self.graphs: StepGraphs | None = None
+        can_capture = ranks.size == 1 and self.backend.CAN_CAPTURE_DECODES
         if self.device.type == "cuda" and not config.enforce_eager and can_capture:
-            self.capture_graphs(CudaCapture())
+            hidden_states = (self.max_num_batched_tokens, model_config.hidden_size)
+            self.capture_graphs(CudaCapture(torch.empty(hidden_states, dtype=self.dtype, device=self.device)))
         logger.info("%s, %s, %d KV blocks of %d", self.device, self.dtype, self.num_kvcache_blocks, self.block_size)
 
     @torch.inference_mode()
@@ -165,13 +165,13 @@ class ModelRunner:
 
     def _compute(self, inputs: StepInputs) -> tuple[Tensor, StepTensors]:
         """Hidden states [at least num_tokens, hidden_size]: by replaying a graph where there is one for the batch."""
-        num_seqs = len(inputs.context_lens)
-        size = self.graphs.size_for(num_seqs) if self.graphs is not None and inputs.max_seqlen_q == 1 else None
-        if self.graphs is None or size is None:
+        is_decode = inputs.max_seqlen_q == 1
+        captured = None if self.graphs is None else self.graphs.find(len(inputs.input_ids), is_decode)
+        if captured is None:
             step = self.input_buffer.upload(inputs)
             return self._forward(step), step
-        step = self._upload_decode(inputs, size)
-        return self.graphs.replay(size), step
+        step = self.input_buffer.upload(inputs, captured.shape)
+        return captured.replay(), step
 
     def _forward(self, step: StepTensors) -> Tensor:
         with forward_context(ForwardContext(step.metadata, self.backend, self.kv_cache)):
@@ -198,16 +198,19 @@ class ModelRunner:
 
     @torch.inference_mode()
     def capture_graphs(self, capture: Capture) -> None:
-        """Capture decode steps of every size; from now on decode batches replay them."""
+        """Capture the steps that the backend lets be captured; from now on they are replayed."""
 
-        def make_run(size: int) -> Run:
-            step = self._upload_decode(placeholder_inputs([], 0, 0), size)
+        def make_run(shape: StepShape) -> Run:
+            step = self.input_buffer.upload(placeholder_inputs([], 0, 0), shape)
             return lambda: self._forward(step)
 
-        self.graphs = DecodeGraphs(graph_sizes(self.input_batch.max_num_seqs), make_run, capture)
-
-    def _upload_decode(self, inputs: StepInputs, size: int) -> StepTensors:
-        return self.input_buffer.upload_decode(inputs, size, self.input_batch.max_blocks, self.max_model_len)
+        max_num_seqs = min(self.input_batch.max_num_seqs, self.max_num_batched_tokens)
+        max_blocks, max_len = self.input_batch.max_blocks, self.max_model_len
+        shapes = [StepShape(size, size, max_blocks, 1, max_len) for size in decode_sizes(max_num_seqs)[::-1]]
+        if self.backend.CAN_CAPTURE_CHUNKS:
+            sizes = chunk_sizes(self.max_num_batched_tokens)[::-1]
+            shapes += [StepShape(size, min(size, max_num_seqs) + 1, max_blocks, size, max_len) for size in sizes]
+        self.graphs = StepGraphs(shapes, make_run, capture)
 
     def _make_input_buffer(self, max_num_seqs: int) -> InputBuffer:
         num_bytes = InputBuffer.num_bytes(self.max_num_batched_tokens, max_num_seqs, self.input_batch.max_blocks)

@@ -21,6 +21,21 @@ class PromptTargets(NamedTuple):
     token_ids: Int64Array  # [num_targets]
 
 
+class StepShape(NamedTuple):
+    """What decides where the inputs of a step lie in their buffer, and which kernels compute it."""
+
+    num_tokens: int
+    num_seqs: int
+    max_blocks: int  # columns of the block tables
+    max_seqlen_q: int
+    max_context_len: int
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every sequence computes one token."""
+        return self.max_seqlen_q == 1
+
+
 class StepInputs(NamedTuple):
     """The inputs of one step, as arrays. See `AttentionMetadata` for those that go there."""
 
@@ -35,6 +50,12 @@ class StepInputs(NamedTuple):
     sampled_rows: Int64Array  # [num_sampled]: rows of the sequences whose last token is in this step, in batch order
     logits_indices: Int64Array  # [num_sampled]: where that token is among num_tokens
     prompt_targets: tuple[PromptTargets, ...]  # empty: nobody asks for prompt_logprobs
+
+    @property
+    def shape(self) -> StepShape:
+        """Of the step as it is."""
+        num_seqs, max_blocks = self.block_tables.shape
+        return StepShape(len(self.input_ids), num_seqs, max_blocks, self.max_seqlen_q, self.max_context_len)
 
 
 def placeholder_inputs(seqlens_q: list[int], context_len: int, max_blocks: int) -> StepInputs:

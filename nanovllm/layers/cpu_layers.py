@@ -1,7 +1,7 @@
 """C++ for the small layers between the matrix products, on a CPU: the kernels of cpu_layers.cpp, which explains them.
 
 They take the plain layers' places in a model, one by one, so that models and plain layers know nothing of them; the plain
-layers remain what they are tested against. It is the CPU's counterpart to utils/compile.py.
+layers remain what they are tested against. A GPU's counterpart is triton_layers.py.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nanovllm.layers.activation import SiluAndMul
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.rotary_embedding import RotaryEmbedding
+from nanovllm.layers.rotary_embedding import HeadNorms, RotaryEmbedding
 from nanovllm.utils.methods import replace_methods
 
 
@@ -31,7 +31,11 @@ def fuse_layers(model: nn.Module, kernels: Any) -> None:
     def add_rms_norm(self: RMSNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         return kernels.add_rms_norm(x, residual, self.weight, self.eps)
 
-    def rotate(self: RotaryEmbedding, positions: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def rotate(
+        self: RotaryEmbedding, positions: Tensor, q: Tensor, k: Tensor, norms: HeadNorms | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if norms is not None:
+            q, k = norms[0](q), norms[1](k)
         return kernels.rotate(positions, q, k, self.cos_sin)
 
     replace_methods(model, SiluAndMul, forward=silu_and_mul)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nanovllm.layers.layernorm import RMSNorm
+
 DEVICE = "cpu"  # tables are computed here even while parameters are made on the meta device
 
 
@@ -108,6 +110,8 @@ _FREQUENCIES = {
 }
 ROPE_KINDS = frozenset(_FREQUENCIES)
 
+HeadNorms = tuple[RMSNorm, RMSNorm]  # of q, of k
+
 
 class RotaryEmbedding(nn.Module):
     """Rotates the two halves of each head by angles that grow with the position.
@@ -129,11 +133,14 @@ class RotaryEmbedding(nn.Module):
         table = torch.cat((angles.cos(), angles.sin()), dim=-1).mul_(magnitude).unsqueeze(1)
         self.register_buffer("cos_sin", table, persistent=False)
 
-    def forward(self, positions: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, positions: Tensor, q: Tensor, k: Tensor, norms: HeadNorms | None = None) -> tuple[Tensor, Tensor]:
         """Rotate q [num_tokens, num_heads, head_dim] and k [num_tokens, num_kv_heads, head_dim].
 
         positions: int64 [num_tokens].
+        norms: of each head of q and of k, before the rotation; here, since a GPU does both at once.
         """
+        if norms is not None:
+            q, k = norms[0](q), norms[1](k)
         cos, sin = self.cos_sin[positions].chunk(2, dim=-1)
         rotate = partial(_rotate, cos=cos, sin=sin)
         return rotate(q), rotate(k)

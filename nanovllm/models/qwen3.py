@@ -41,9 +41,7 @@ class Qwen3Attention(nn.Module):
     def forward(self, hidden_states: Tensor, positions: Tensor, rotary: RotaryEmbedding) -> Tensor:
         """[num_tokens, hidden_size] -> the same shape."""
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in self.qkv_proj.forward_split(hidden_states))
-        if self.has_qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotary(positions, q, k)
+        q, k = rotary(positions, q, k, (self.q_norm, self.k_norm) if self.has_qk_norm else None)
         return self.o_proj(self.attention(q, k, v).flatten(1))
 
 
