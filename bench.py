@@ -81,6 +81,7 @@ def run_nanovllm(model: str, workload: Workload, args: argparse.Namespace) -> Ca
     llm = LLM(
         model,
         max_model_len=args.max_model_len,
+        max_num_seqs=args.max_num_seqs,
         enforce_eager=args.enforce_eager,
         tensor_parallel_size=args.tensor_parallel_size,
     )
@@ -124,7 +125,7 @@ def run_vllm(model: str, workload: Workload, args: argparse.Namespace) -> Callab
     from vllm import SamplingParams as VParams
 
     start = time.perf_counter()
-    llm = VLLM(model, max_model_len=args.max_model_len, enforce_eager=args.enforce_eager)
+    llm = VLLM(model, max_model_len=args.max_model_len, max_num_seqs=args.max_num_seqs, enforce_eager=args.enforce_eager)
     llm.generate([{"prompt_token_ids": [1, 2, 3]}], VParams(max_tokens=8, ignore_eos=True), use_tqdm=False)
     load_s = time.perf_counter() - start
 
@@ -288,6 +289,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--shared-prefix", type=int, default=0, help="tokens that all prompts begin with")
     parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument("--max-model-len", type=int, default=4096)
+    parser.add_argument("--max-num-seqs", type=int, default=512, help="that run at the same time")
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="RANKS")
     parser.add_argument("--host-overhead", action="store_true", help="no model: what a step costs beside it")

@@ -37,9 +37,19 @@ def test_a_check_that_fails_does_not_stop_the_others(
     assert "a card" in capsys.readouterr().out
 
 
-def test_compare() -> None:
-    assert gpu_check.compare([[1, 2], [3] * 8], [[1, 2], [3] * 8]) == {"passed": True, "agreement": 1.0}
-    assert gpu_check.compare([[1, 2], [3] * 8], [[1, 2], [4, *[3] * 7]]) == {"passed": False, "agreement": 0.2}
+def test_compare(checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "DEVICE", "cpu")
+    folder = checkpoint("Qwen3ForCausalLM")
+    expected = gpu_check.greedy_tokens(folder, 2, dtype="float32")
+    same = {"passed": True, "agreement": 1.0, "differ": 0, "worst_gap": 0.0}
+    assert gpu_check.compare(folder, expected, expected) == same
+    wrong = [expected[0], [*expected[1][:5], (expected[1][5] + 1) % 320, *expected[1][6:]]]
+    result = gpu_check.compare(folder, expected, wrong)
+    assert (result["passed"], result["differ"]) == (False, 1)
+    assert result["agreement"] == round((len(expected[0]) + 5) / sum(map(len, expected)), 4)
+    with monkeypatch.context() as lenient:
+        lenient.setattr(gpu_check, "NEAR", 2.0)  # no two logits are further apart
+        assert gpu_check.compare(folder, expected, wrong)["passed"] is True
 
 
 @pytest.mark.parametrize("check", ["graphs", "backends", "transformers"])
