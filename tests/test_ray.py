@@ -317,6 +317,7 @@ def cluster() -> Iterator[dict[str, str]]:
     """A Ray of our own; yields the environment of programs that join it. Nothing of it is left."""
     settings = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
     folder = tempfile.mkdtemp(prefix="ray-")  # pytest's are too long for the names of sockets
+    before = psutil.Process().children(recursive=True)  # of other tests in this process
     with pytest.MonkeyPatch.context() as environment:
         for name, value in settings.items():
             environment.setenv(name, value)
@@ -331,7 +332,7 @@ def cluster() -> Iterator[dict[str, str]]:
         yield {**os.environ, "RAY_ADDRESS": context.address_info["address"]}
         children = psutil.Process().children(recursive=True)
         ray.shutdown()
-    _, alive = psutil.wait_procs(children, timeout=60)
+    _, alive = psutil.wait_procs([child for child in children if child not in before], timeout=60)
     assert not alive
     shutil.rmtree(folder)
     ours = [f"_{process.pid}_" for process in children]  # as OpenMP names what a process shares
