@@ -27,10 +27,11 @@ class GpuMemory:
     free: int  # of the card now
     held: int  # by our allocator now, used or not: part of what is not free
     peak: int  # the most that our allocator held during a step of the largest batch
+    captured: int = 0  # what captured steps will keep for themselves
 
 
 def gpu_kv_cache_bytes(memory: GpuMemory, utilization: float) -> int:
-    """Bytes for the KV cache: the share of the card that may be used, less what the largest step and all others hold.
+    """Bytes for the KV cache: the share of the card that may be used, less what steps and all others hold.
 
     The others are whatever is in use but not our allocator's: other processes, and libraries beside it in this one.
 
@@ -39,27 +40,28 @@ def gpu_kv_cache_bytes(memory: GpuMemory, utilization: float) -> int:
     """
     usable = math.floor(memory.total * utilization)
     others = memory.total - memory.free - memory.held
-    left = usable - others - max(memory.peak, memory.held)
+    ours = max(memory.peak, memory.held) + memory.captured
+    left = usable - others - ours
     if left <= 0:
         raise ValueError(
             f"no GPU memory is left for the KV cache: gpu_memory_utilization={utilization} of {memory.total / GIB:.2f} GiB "
-            f"is {usable / GIB:.2f} GiB; weights and the largest step need {max(memory.peak, memory.held) / GIB:.2f} GiB, "
+            f"is {usable / GIB:.2f} GiB; weights and the largest step need {ours / GIB:.2f} GiB, "
             f"others hold {others / GIB:.2f} GiB. Raise gpu_memory_utilization, lower max_num_batched_tokens or "
             f"max_num_seqs, or free the GPU"
         )
     return left
 
 
-def measure_gpu_memory(device: torch.device, largest_step: Callable[[], object]) -> GpuMemory:
-    """Run the largest step once and see what it takes."""
+def measure_gpu_memory(device: torch.device, largest_step: Callable[[], int]) -> GpuMemory:
+    """Run the largest step once and see what it takes. It returns what captured steps will keep."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    largest_step()
+    captured = largest_step()
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_reserved(device)
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    return GpuMemory(total, free, torch.cuda.memory_reserved(device), peak)
+    return GpuMemory(total, free, torch.cuda.memory_reserved(device), peak, captured)
 
 
 def decide_num_blocks(
@@ -67,12 +69,13 @@ def decide_num_blocks(
     spec: AttentionSpec,
     num_layers: int,
     max_model_len: int,
-    largest_step: Callable[[], object],
+    largest_step: Callable[[], int],
 ) -> int:
     """How many blocks to allocate: as configured, else what memory allows and the work can use.
 
     Args:
-        largest_step: computes a step of the largest batch; called where its use of memory has to be known.
+        largest_step: computes a step of the largest batch and returns what captured steps will keep, in bytes; called where
+            its use of memory has to be known.
 
     Raises:
         ValueError: not even one block fits.
@@ -91,7 +94,7 @@ def decide_num_blocks(
     return num_blocks
 
 
-def _memory_budget(config: EngineConfig, device: torch.device, largest_step: Callable[[], object]) -> int:
+def _memory_budget(config: EngineConfig, device: torch.device, largest_step: Callable[[], int]) -> int:
     if config.kvcache_memory_gb is not None:
         return int(config.kvcache_memory_gb * GIB) // config.tensor_parallel_size
     if device.type == "cuda":

@@ -91,6 +91,8 @@ class ModelRunner:
         self.max_num_batched_tokens = config.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[self.device.type]
         self.input_batch = InputBatch(config.max_num_seqs, max_model_len, self.block_size)
         self.input_buffer = self._make_input_buffer(config.max_num_seqs)
+        on_gpu = self.device.type == "cuda" and ranks.size == 1
+        self.can_capture = on_gpu and not config.enforce_eager and self.backend.CAN_CAPTURE_DECODES
         num_layers = model_config.num_layers
         num_blocks = decide_num_blocks(
             config, self.backend.spec, num_layers, max_model_len, partial(self.compute_largest_steps, num_layers)
@@ -98,10 +100,9 @@ class ModelRunner:
         self.num_kvcache_blocks = ranks.minimum(num_blocks)  # which includes what the last to load has left over
         self.kv_cache = allocate_kv_cache(self.backend, num_layers, self.num_kvcache_blocks)
         self.graphs: StepGraphs | None = None
-        can_capture = ranks.size == 1 and self.backend.CAN_CAPTURE_DECODES
-        if self.device.type == "cuda" and not config.enforce_eager and can_capture:
-            hidden_states = (self.max_num_batched_tokens, model_config.hidden_size)
-            self.capture_graphs(CudaCapture(torch.empty(hidden_states, dtype=self.dtype, device=self.device)))
+        if self.can_capture:
+            result = torch.empty(self._largest_step(), model_config.hidden_size, dtype=self.dtype, device=self.device)
+            self.capture_graphs(CudaCapture(result))
         logger.info("%s, %s, %d KV blocks of %d", self.device, self.dtype, self.num_kvcache_blocks, self.block_size)
 
     @torch.inference_mode()
@@ -179,22 +180,35 @@ class ModelRunner:
         return hidden_states
 
     @torch.inference_mode()
-    def compute_largest_steps(self, num_layers: int) -> None:
+    def compute_largest_steps(self, num_layers: int) -> int:
         """Compute the steps that need most memory, before there is a KV cache: most tokens, and most and longest decodes.
 
         The cache is one block, of which they read whatever it holds; what comes out is of no use.
+
+        Returns:
+            Bytes that captured steps will keep for their activations.
         """
         self.kv_cache = allocate_kv_cache(self.backend, num_layers, 1)
-        num_seqs = self.input_batch.max_num_seqs
-        num_tokens = min(self.max_num_batched_tokens, num_seqs * self.max_model_len)
-        num_seqs = min(num_seqs, num_tokens)
+        num_tokens = self._largest_step()
+        num_seqs = min(self.input_batch.max_num_seqs, num_tokens)
+        keeps = self.can_capture and self.backend.CAN_CAPTURE_CHUNKS
+        before = torch.cuda.memory_allocated(self.device) if keeps else 0
+        num_bytes = 0
         most_tokens = [num_tokens // num_seqs + (index < num_tokens % num_seqs) for index in range(num_seqs)]
         for seqlens_q in (most_tokens, [1] * num_seqs):
             inputs = placeholder_inputs(seqlens_q, self.max_model_len, self.input_batch.max_blocks)
             step = self.input_buffer.upload(inputs)
-            logits = self.model.compute_logits(self._forward(step)[step.logits_indices])
+            hidden_states = self._forward(step)
+            if keeps and num_bytes == 0:  # in the first, which has most tokens
+                num_bytes = torch.cuda.max_memory_allocated(self.device) - before
+            logits = self.model.compute_logits(hidden_states[step.logits_indices])
             self.sampler(logits, torch.ones(len(logits)), torch.zeros(len(logits)))
             self._wait()  # the input buffer is used again
+        return num_bytes
+
+    def _largest_step(self) -> int:
+        """Tokens of the largest step that there can be."""
+        return min(self.max_num_batched_tokens, self.input_batch.max_num_seqs * self.max_model_len)
 
     @torch.inference_mode()
     def capture_graphs(self, capture: Capture) -> None:
@@ -204,11 +218,12 @@ class ModelRunner:
             step = self.input_buffer.upload(placeholder_inputs([], 0, 0), shape)
             return lambda: self._forward(step)
 
-        max_num_seqs = min(self.input_batch.max_num_seqs, self.max_num_batched_tokens)
+        largest = self._largest_step()
+        max_num_seqs = min(self.input_batch.max_num_seqs, largest)
         max_blocks, max_len = self.input_batch.max_blocks, self.max_model_len
         shapes = [StepShape(size, size, max_blocks, 1, max_len) for size in decode_sizes(max_num_seqs)[::-1]]
         if self.backend.CAN_CAPTURE_CHUNKS:
-            sizes = chunk_sizes(self.max_num_batched_tokens)[::-1]
+            sizes = chunk_sizes(largest)[::-1]
             shapes += [StepShape(size, min(size, max_num_seqs) + 1, max_blocks, size, max_len) for size in sizes]
         self.graphs = StepGraphs(shapes, make_run, capture)
 

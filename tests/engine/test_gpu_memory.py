@@ -27,6 +27,11 @@ def test_what_others_hold_is_counted_once() -> None:
     assert gpu_kv_cache_bytes(GpuMemory(24 * GIB, 16 * GIB, 3 * GIB, 3 * GIB), 1.0) == 16 * GIB
 
 
+def test_what_captured_steps_keep_is_counted_beside_the_largest_step() -> None:
+    memory = GpuMemory(total=24 * GIB, free=22 * GIB, held=2 * GIB, peak=3 * GIB, captured=GIB)
+    assert gpu_kv_cache_bytes(memory, 1.0) == 20 * GIB
+
+
 def test_the_share_is_never_exceeded() -> None:
     for utilization in (0.3, 0.55, 0.9, 1.0):
         memory = GpuMemory(total=80 * GIB + 1, free=71 * GIB, held=6 * GIB, peak=9 * GIB)
@@ -41,6 +46,21 @@ def test_nothing_left_is_an_error_with_the_numbers(free: int) -> None:
         ValueError, match=rf"0\.9 of 10\.00 GiB is 9\.00 GiB.* 2\.00 GiB, others hold {9 - free // GIB}\.00 GiB"
     ):
         gpu_kv_cache_bytes(memory, 0.9)
+
+
+def test_what_captured_steps_keep_is_what_the_first_step_takes(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = LLM(checkpoint(), device="cpu", dtype="float32", max_model_len=64, num_kvcache_blocks=20)
+    assert isinstance(llm.executor, SingleRankExecutor)
+    runner = llm.executor._runner
+    assert runner is not None
+    monkeypatch.setattr(runner, "can_capture", True)
+    monkeypatch.setattr(type(runner.backend), "CAN_CAPTURE_CHUNKS", True)
+    peaks = iter([700])  # asked for once: later the logits would be counted
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 100)
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: next(peaks))
+    assert runner.compute_largest_steps(num_layers=2) == 600
 
 
 @pytest.mark.parametrize(
@@ -74,7 +94,7 @@ def test_largest_steps(
     runner = llm.executor._runner
     assert runner is not None
     monkeypatch.setattr(ModelRunner, "_forward", record)
-    runner.compute_largest_steps(num_layers=2)
+    assert runner.compute_largest_steps(num_layers=2) == 0, "nothing is captured on a CPU"
     prefill, decode = (step.metadata for step in steps)
     assert prefill.cu_seqlens_q.diff().tolist() == seqlens_q
     assert decode.cu_seqlens_q.diff().tolist() == [1] * len(seqlens_q)
