@@ -86,7 +86,8 @@ class InputBuffer:
             max_seqlen_q=shape.max_seqlen_q,
             max_context_len=shape.max_context_len,
         )
-        return StepTensors(device.input_ids, device.positions, metadata, device.logits_indices[:num_sampled])
+        sampled = device.logits_indices if num_sampled == shape.num_seqs else device.logits_indices[:num_sampled]
+        return StepTensors(device.input_ids, device.positions, metadata, sampled)
 
     def _layout_of(self, shape: StepShape) -> "_Layout":
         sizes = shape.num_tokens, shape.num_seqs, shape.max_blocks
