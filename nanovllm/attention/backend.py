@@ -29,6 +29,7 @@ class AttentionSpec:
     block_size: int
     dtype: torch.dtype
     device: torch.device
+    max_context_len: int = 4096  # the longest sequence that will be run
     batch_invariant: bool = False  # a query's result must be the same bits in a chunk of any size and in any batch
 
     @property

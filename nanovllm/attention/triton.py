@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from nanovllm.attention.backend import AttentionBackend, AttentionSpec
 from nanovllm.utils.context import AttentionMetadata
 
-PART = 512  # tokens of a context that are attended to on their own in decode
+PART = 512  # tokens of a context that are attended to on their own in decode, at least
+MAX_PARTS = 32  # of the longest context: each has memory for its result, for every sequence
 TARGET_PROGRAMS = 4096  # of a decode: enough to keep a large GPU evenly busy; below it, contexts are split
 MAX_HEAD_DIM = 256
 
@@ -83,6 +84,7 @@ class TritonBackend(AttentionBackend):
             "BLOCK_D": max(16, next_power_of_two(spec.head_dim)),
         }
         self._scale = self.scale * math.log2(math.e)
+        self._part = max(PART, next_power_of_two(-(-spec.max_context_len // MAX_PARTS)))
 
     def fuse_layers(self, model: nn.Module) -> None:
         """See `AttentionBackend.fuse_layers`."""
@@ -125,7 +127,7 @@ class TritonBackend(AttentionBackend):
         """Attend with all queries of at least so many tokens."""
         tiles = prefill_tiles(self._group, self.spec.head_dim, self.spec.dtype.itemsize)
         num_seqs = len(metadata.context_lens)
-        num_tiles = len(q) * self._group // tiles.block_m + num_seqs  # at most: see `first_tile` in the kernels
+        num_tiles = len(q) * self._group // tiles.block_m + num_seqs  # at most: see `_first_tile` in the kernels
         self._kernels.prefill_kernel[(num_tiles, self.spec.num_kv_heads)](
             q,
             out,
@@ -149,7 +151,7 @@ class TritonBackend(AttentionBackend):
         """Attend with all queries of one token."""
         spec, num_seqs = self.spec, len(metadata.context_lens)
         tiles = decode_tiles(self._group, spec.head_dim, spec.dtype.itemsize)
-        max_parts = -(-metadata.max_context_len // PART)
+        max_parts = -(-metadata.max_context_len // self._part)
         num_splits = min(max_parts, -(-TARGET_PROGRAMS // (num_seqs * spec.num_kv_heads)))
         lse = torch.empty(num_seqs, spec.num_heads, max_parts, dtype=torch.float32, device=q.device)
         partial = torch.empty(*lse.shape, spec.head_dim, dtype=torch.float32, device=q.device)
@@ -165,7 +167,7 @@ class TritonBackend(AttentionBackend):
             cache.stride(0),
             max_parts,
             self._scale,
-            PART=PART,
+            PART=self._part,
             **self._layout,
             BLOCK_M=tiles.block_m,
             BLOCK_N=tiles.block_n,
@@ -179,7 +181,7 @@ class TritonBackend(AttentionBackend):
             metadata.cu_seqlens_q,
             metadata.context_lens,
             max_parts,
-            PART=PART,
+            PART=self._part,
             HEAD_DIM=spec.head_dim,
             BLOCK_D=self._layout["BLOCK_D"],
         )

@@ -76,6 +76,7 @@ class ModelRunner:
                 block_size=config.kvcache_block_size or backend.DEFAULT_BLOCK_SIZE,
                 dtype=self.dtype,
                 device=self.device,
+                max_context_len=max_model_len,
                 batch_invariant=config.batch_invariant,
             )
 

@@ -68,6 +68,13 @@ def test_a_sequence_does_not_depend_on_how_busy_the_batch_is(monkeypatch: pytest
     assert torch.equal(results[0], results[2])
 
 
+def test_parts_grow_with_the_longest_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_backend, "MAX_PARTS", 2)
+    backend = TritonBackend(replace(make_backend(4, 2, 16).spec, max_context_len=200))
+    assert backend._part == 128
+    check_against_plain(backend, [(200, 1), (129, 1), (128, 1), (3, 1)], seed=0)
+
+
 @pytest.mark.parametrize("batch_invariant", [False, True])
 def test_padding_rows_are_zero_and_read_nothing(batch_invariant: bool) -> None:
     backend = TritonBackend(replace(make_backend(4, 2, 16).spec, batch_invariant=batch_invariant))
