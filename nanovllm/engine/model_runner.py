@@ -223,7 +223,7 @@ class ModelRunner:
         max_num_seqs = min(self.input_batch.max_num_seqs, largest)
         max_blocks, max_len = self.input_batch.max_blocks, self.max_model_len
         shapes = [StepShape(size, size, max_blocks, 1, max_len) for size in decode_sizes(max_num_seqs)[::-1]]
-        if self.backend.CAN_CAPTURE_CHUNKS:
+        if self.backend.CAN_CAPTURE_CHUNKS and largest > 1:
             sizes = chunk_sizes(largest)[::-1]
             shapes += [StepShape(size, min(size, max_num_seqs) + 1, max_blocks, size, max_len) for size in sizes]
         self.graphs = StepGraphs(shapes, make_run, capture)

@@ -133,6 +133,19 @@ def test_chunks_beside_decodes_give_the_eager_tokens(
     assert {size for size in recorder.replayed if size > 6} == set(chunk_sizes(max_num_batched_tokens))
 
 
+def test_steps_of_one_token_are_all_decodes(checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AttentionBackend, "CAN_CAPTURE_CHUNKS", True)
+    params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
+    tokens = []
+    for recorder in (None, Recorder()):
+        llm = make_llm(checkpoint(), max_num_seqs=6, max_num_batched_tokens=1)
+        if recorder is not None:
+            runner_of(llm).capture_graphs(recorder)
+            assert recorder.num_captured == 1
+        tokens.append([output["token_ids"] for output in llm.generate([[5, 6, 7], [8]], params, use_tqdm=False)])
+    assert tokens[0] == tokens[1]
+
+
 def make_graphs(max_seconds: float = 120.0) -> StepGraphs:
     decodes = [StepShape(size, size, 1, 1, 1) for size in (4, 2, 1)]
     chunks = [StepShape(size, 3, 1, size, size) for size in (8, 2)]
