@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from layer_parity import check_norms, norm_ulps, randn
 from torch import Tensor, nn
 
 from nanovllm.layers.activation import SiluAndMul
@@ -32,10 +33,6 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def randn(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    return (3 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
-
-
 def make_norm(size: int, dtype: torch.dtype, kernels: Any = None) -> RMSNorm:
     norm = RMSNorm(size, 1e-5).to(dtype).requires_grad_(False)
     norm.weight.copy_(randn(size, dtype=dtype, seed=1))
@@ -56,13 +53,6 @@ def assert_near(result: Tensor, plain: Tensor, ulps: int) -> None:
     torch.testing.assert_close(result, plain, rtol=ulps * eps, atol=1e-30 if plain.dtype != torch.float16 else 1e-7)
 
 
-# The sum of n squares in float32 has a relative error below n/8 eps in eight lanes, the plain one as well, and what comes
-# after adds a few. In 16 bits that moves a value over a rounding boundary now and then: by one unit before it is multiplied
-# with the weight, which can be two behind it.
-def norm_ulps(dtype: torch.dtype, size: int) -> int:
-    return 4 + size // 16 if dtype == torch.float32 else 2
-
-
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @torch.inference_mode()
@@ -70,14 +60,7 @@ def test_norms(kernels: Any, dtype: torch.dtype) -> None:
     for size in SIZES:
         plain, norm = make_norm(size, dtype), make_norm(size, dtype, kernels)
         for num_rows in NUM_ROWS:
-            x, residual = randn(num_rows, size, dtype=dtype), randn(num_rows, size, dtype=dtype, seed=2)
-            before = x.clone(), residual.clone()
-            assert_near(norm(x), plain(x), norm_ulps(dtype, size))
-            normed, total = norm.add_and_norm(x, residual)
-            assert torch.equal(total, plain.add_and_norm(x, residual)[1])
-            assert_near(normed, plain(total), norm_ulps(dtype, size))
-            assert torch.equal(x, before[0])
-            assert torch.equal(residual, before[1])
+            check_norms(norm, plain, num_rows, dtype, assert_near)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

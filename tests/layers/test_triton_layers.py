@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from layer_parity import check_norms, norm_ulps, randn
 from torch import Tensor
 
 from nanovllm.layers.activation import SiluAndMul
@@ -13,10 +14,6 @@ from nanovllm.layers.rotary_embedding import HeadNorms, RopeConfig, RotaryEmbedd
 DTYPES = [torch.float32, torch.float16]
 SIZES = [2, 48, 576, 1100]  # the last is more than an activation's program computes
 NUM_ROWS = [1, 7]
-
-
-def randn(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    return (3 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
 
 
 def fused(layer: Any) -> Any:
@@ -39,25 +36,13 @@ def assert_near(result: Tensor, plain: Tensor, ulps: int) -> None:
     torch.testing.assert_close(result, plain, rtol=ulps * eps, atol=ulps * eps)
 
 
-# As in test_cpu_layers.py: sums of n squares in another order; in 16 bits a value on the other side of a rounding boundary.
-def norm_ulps(dtype: torch.dtype, size: int) -> int:
-    return 4 + size // 16 if dtype == torch.float32 else 2
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @torch.inference_mode()
 def test_norms(dtype: torch.dtype) -> None:
     for size in SIZES:
         plain, norm = make_norm(size, dtype), fused(make_norm(size, dtype))
         for num_rows in NUM_ROWS:
-            x, residual = randn(num_rows, size, dtype=dtype), randn(num_rows, size, dtype=dtype, seed=2)
-            before = x.clone(), residual.clone()
-            assert_near(norm(x), plain(x), norm_ulps(dtype, size))
-            normed, total = norm.add_and_norm(x, residual)
-            assert torch.equal(total, plain.add_and_norm(x, residual)[1])
-            assert_near(normed, plain(total), norm_ulps(dtype, size))
-            assert torch.equal(x, before[0])
-            assert torch.equal(residual, before[1])
+            check_norms(norm, plain, num_rows, dtype, assert_near)
 
 
 @torch.inference_mode()
