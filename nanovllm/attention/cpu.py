@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from nanovllm.attention.backend import AttentionBackend, AttentionSpec
 from nanovllm.layers.cpu_layers import fuse_layers
+from nanovllm.models.cpu_decoder import use_whole_layers
 from nanovllm.utils.context import AttentionMetadata
 from nanovllm.utils.cpu_build import BuildError, load_kernels
 
@@ -43,6 +44,8 @@ class CPUBackend(AttentionBackend):
     def fuse_layers(self, model: nn.Module) -> None:
         """See `AttentionBackend.fuse_layers`."""
         fuse_layers(model, self._kernels)
+        if not self.spec.batch_invariant:  # where something may be done around each product
+            use_whole_layers(model, self._kernels, self.scale)
 
     def allocate_cache(self, num_blocks: int) -> Tensor:
         """[num_blocks, num_kv_heads, block_size / 16, 2 (K, V), 16 * head_dim]: tiles, laid out inside by the kernel."""

@@ -97,11 +97,16 @@ class Qwen3Model(nn.Module):
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """int64 [num_tokens] and int64 [num_tokens] -> [num_tokens, hidden_size]."""
-        hidden_states, residual = self.embed_tokens(input_ids), None
+        hidden_states, residual = self.run_layers(self.embed_tokens(input_ids), positions)
+        return self.norm.add_and_norm(hidden_states, residual)[0]
+
+    def run_layers(self, hidden_states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """[num_tokens, hidden_size] -> the last layer's output, and the residual that it is still to be added to."""
+        residual = None
         for layer in self.layers:
             hidden_states, residual = layer(hidden_states, residual, positions, self.rotary)
         assert residual is not None, "a model has at least one layer"
-        return self.norm.add_and_norm(hidden_states, residual)[0]
+        return hidden_states, residual
 
 
 class Qwen3ForCausalLM(CheckpointModule):

@@ -1,0 +1,111 @@
+// Decoder layers on a CPU, some in one call: the kernels of the files before this one, in the order of the layers in
+// qwen3.py, which call them one by one and give the same, bit for bit. A step of few tokens is spared a dozen calls from
+// Python for each layer: in a small model they take longer than its products. Called by cpu_decoder.py.
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/linear.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <string_view>
+#include <tuple>
+#include <utility>
+
+namespace {
+namespace decoder {
+
+using at::Tensor;
+using Optional = std::optional<Tensor>;
+using Weights = c10::List<Optional>;
+
+struct Layer {  // its weights, in the order in which cpu_decoder.py gives them; and how many there are
+  Tensor input_norm, qkv;
+  Optional qkv_bias, q_norm, k_norm;
+  Tensor o;
+  Optional o_bias;
+  Tensor mlp_norm, gate_up;
+  Optional gate_up_bias;
+  Tensor down;
+  Optional down_bias;
+  static constexpr int64_t SIZE = 12;
+};
+
+Layer layer_of(const Weights& weights, int64_t index) {
+  const auto at = [&](int64_t place) -> Optional { return weights[index * Layer::SIZE + place]; };
+  return {*at(0), *at(1), at(2), at(3), at(4), *at(5), at(6), *at(7), *at(8), at(9), *at(10), at(11)};
+}
+
+struct Step {  // see AttentionMetadata in context.py
+  const Tensor &positions, &cos_sin, &slot_mapping, &cu_seqlens_q, &context_lens, &block_tables;
+  double eps, scale;
+};
+
+// x [num_tokens, input_size] times a weight: packed by cpu_linear.cpp, by oneDNN, or not.
+Tensor multiply(const Tensor& x, const Tensor& weight, const Optional& bias, int64_t output_size) {
+  if (weight.dim() == 3) return linear::product(x, weight, bias, output_size);
+  if (!weight.is_mkldnn()) return at::linear(x, weight, bias);
+  using Operands = c10::List<std::optional<at::Scalar>>;
+  using Product = Tensor(
+      const Tensor&, const Tensor&, const Optional&, std::string_view, Operands, std::optional<std::string_view>);
+  static const auto product =
+      c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_linear_pointwise", "").typed<Product>();
+  return product.call(x, weight, bias, "none", Operands(), "");
+}
+
+Tensor self_attention(const Tensor& x, const Layer& layer, const Tensor& cache, const Step& step) {
+  const int64_t num_tokens = x.size(0), q_size = layer.o.size(1), head_dim = step.cos_sin.size(2);
+  const int64_t num_heads = q_size / head_dim, num_kv_heads = cache.size(1), all_heads = num_heads + 2 * num_kv_heads;
+  const Tensor heads =
+      multiply(x, layer.qkv, layer.qkv_bias, all_heads * head_dim).view({num_tokens, all_heads, head_dim});
+  Tensor q = heads.narrow(1, 0, num_heads), k = heads.narrow(1, num_heads, num_kv_heads);
+  const Tensor v = heads.narrow(1, num_heads + num_kv_heads, num_kv_heads);
+  if (layer.q_norm.has_value()) {
+    q = layers::rms_norm(q, *layer.q_norm, step.eps);
+    k = layers::rms_norm(k, *layer.k_norm, step.eps);
+  }
+  std::tie(q, k) = layers::rotate(step.positions, q, k, step.cos_sin);
+  store(k, v, cache, step.slot_mapping);
+  const Tensor out = q.new_empty(q.sizes());
+  attend(q, cache, out, step.cu_seqlens_q, step.context_lens, step.block_tables, step.scale);
+  return multiply(out.view({num_tokens, q_size}), layer.o, layer.o_bias, x.size(1));
+}
+
+Tensor mlp(const Tensor& x, const Layer& layer) {
+  const Tensor gate_up = multiply(x, layer.gate_up, layer.gate_up_bias, 2 * layer.down.size(1));
+  return multiply(layers::silu_and_mul(gate_up), layer.down, layer.down_bias, x.size(1));
+}
+
+// One layer after the other. What goes in and comes out are the last layer's output and what it is still to be added to;
+// the first layer of a model has no residual.
+std::tuple<Tensor, Tensor> run_layers(
+    Tensor hidden_states, Optional residual, const Weights& weights, at::TensorList kv_cache, const Tensor& positions,
+    const Tensor& cos_sin, const Tensor& slot_mapping, const Tensor& cu_seqlens_q, const Tensor& context_lens,
+    const Tensor& block_tables, double eps, double scale) {
+  const int64_t num_layers = kv_cache.size();
+  TORCH_CHECK(static_cast<int64_t>(weights.size()) == num_layers * Layer::SIZE, "weights of other layers than the caches");
+  const Step step{positions, cos_sin, slot_mapping, cu_seqlens_q, context_lens, block_tables, eps, scale};
+  for (int64_t index = 0; index < num_layers; ++index) {
+    const Layer layer = layer_of(weights, index);
+    const auto add_and_norm = [&](const Tensor& norm) {
+      if (!residual.has_value()) return std::tuple{layers::rms_norm(hidden_states, norm, eps), hidden_states};
+      return layers::add_rms_norm(hidden_states, *residual, norm, eps);
+    };
+    std::tie(hidden_states, residual) = add_and_norm(layer.input_norm);
+    hidden_states = self_attention(hidden_states, layer, kv_cache[index], step);
+    std::tie(hidden_states, residual) = add_and_norm(layer.mlp_norm);
+    hidden_states = mlp(hidden_states, layer);
+  }
+  return {hidden_states, *residual};
+}
+
+}  // namespace decoder
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(NANOVLLM_OPS, library) {
+  library.def(
+      "run_layers(Tensor hidden_states, Tensor? residual, Tensor?[] weights, Tensor(a!)[] kv_cache, Tensor positions, "
+      "Tensor cos_sin, Tensor slot_mapping, Tensor cu_seqlens_q, Tensor context_lens, Tensor block_tables, float eps, "
+      "float scale) -> (Tensor, Tensor)",
+      &decoder::run_layers);
+}

@@ -1,0 +1,116 @@
+"""Decoder layers in one call on a CPU: the same, bit for bit, as the layers one by one."""
+
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from kept_logits import check, run
+from torch import Tensor
+
+from nanovllm import LLM
+from nanovllm.attention import cpu
+from nanovllm.attention.cpu import CPUBackend
+from nanovllm.models import cpu_decoder
+from nanovllm.models.llama import LlamaAttention
+from nanovllm.models.qwen3 import Qwen3MLP, Qwen3Model
+from nanovllm.utils.cpu_build import load_kernels
+
+OPTIONS = {"device": "cpu", "attention_backend": "cpu", "max_model_len": 256, "num_kvcache_blocks": 100}
+PROMPTS = [Random(i).choices(range(320), k=length) for i, length in enumerate((1, 90, 16, 33, 7))]
+MODELS = [
+    ("Qwen3ForCausalLM", {}),
+    ("Qwen3ForCausalLM", {"attention_bias": True}),
+    ("Qwen2ForCausalLM", {}),
+    ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}),
+    ("MistralForCausalLM", {"head_dim": 32}),
+]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Of each call: (tokens, layers)."""
+    made: list[tuple[int, int]] = []
+    use_whole_layers = cpu.use_whole_layers
+
+    class Kernels:
+        def run_layers(self, hidden_states: Tensor, residual: Tensor | None, weights: Any, caches: Any, *step: Any) -> Any:
+            made.append((len(hidden_states), len(caches)))
+            return load_kernels().run_layers(hidden_states, residual, weights, caches, *step)
+
+    monkeypatch.setattr(cpu, "use_whole_layers", lambda model, kernels, scale: use_whole_layers(model, Kernels(), scale))
+    return made
+
+
+def check_against_single_layers(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    together = run(LLM(folder, **OPTIONS, **options), PROMPTS)
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu, "use_whole_layers", lambda *_: None)
+        one_by_one = run(LLM(folder, **OPTIONS, **options), PROMPTS)
+    check(together, one_by_one, len(PROMPTS))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("architecture", "shape"), MODELS)
+def test_same_bits_as_layer_by_layer(
+    checkpoint: Callable[..., Path],
+    calls: list[tuple[int, int]],
+    monkeypatch: pytest.MonkeyPatch,
+    architecture: str,
+    shape: dict[str, Any],
+    dtype: str,
+) -> None:
+    monkeypatch.setattr(cpu_decoder, "WORK", 60)
+    folder = checkpoint(architecture, num_hidden_layers=5, **shape)
+    check_against_single_layers(folder, monkeypatch, dtype=dtype, max_num_batched_tokens=50)
+    assert {(50, 1), (5, 5)} < set(calls)
+
+
+def test_same_bits_with_weights_that_onednn_packed(
+    checkpoint: Callable[..., Path], calls: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CPUBackend, "HAS_PRODUCTS", False)
+    check_against_single_layers(checkpoint("Qwen2ForCausalLM"), monkeypatch, dtype="float32")
+    assert calls
+
+
+def test_all_layers_of_a_small_step_are_one_call_and_each_of_a_large_one_is_one(
+    checkpoint: Callable[..., Path], calls: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_decoder, "WORK", 10)
+    model = LLM(checkpoint(num_hidden_layers=5), **OPTIONS, max_num_batched_tokens=20)
+    run(model, [[1, 2, 3]])
+    assert calls == [(3, 3), (3, 2), *[(1, 5)] * 5]
+    calls.clear()
+    run(model, [[*range(50, 62)]])
+    assert calls[:5] == [(12, 1)] * 5
+
+
+class OwnMLP(Qwen3MLP):
+    """Not what the C++ computes."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Nothing at all."""
+        return torch.zeros_like(hidden_states)
+
+
+def test_layers_of_another_kind_are_left_alone(checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def decoder(**options: Any) -> Qwen3Model:
+        llm: Any = LLM(checkpoint("LlamaForCausalLM"), **OPTIONS, **options)
+        return llm.executor._runner.model.model
+
+    def runs_layer_by_layer(model: Qwen3Model) -> bool:
+        return type(model).run_layers is Qwen3Model.run_layers
+
+    assert not runs_layer_by_layer(decoder())
+    assert runs_layer_by_layer(decoder(batch_invariant=True))
+    monkeypatch.setattr(LlamaAttention, "forward", lambda self, x, *_: x, raising=False)
+    assert runs_layer_by_layer(decoder())
+    monkeypatch.undo()
+    model = decoder()
+    model.__class__ = Qwen3Model
+    model.layers[1].mlp.__class__ = OwnMLP
+    cpu_decoder.use_whole_layers(model, load_kernels(), 1.0)
+    assert runs_layer_by_layer(model)
