@@ -130,7 +130,7 @@ class LLM(LLMEngine):
             raise TypeError(f"conversations must be lists of messages, got {type(conversations).__name__}")
         batch: Any = [conversations] if is_conversation(conversations) else conversations
         names = [f"conversation {index}" for index in range(len(batch))]
-        prompts = raise_refused(render_chats(batch, names, self.tokenizer, [template_args] * len(batch)))
+        prompts = raise_refused(render_chats(batch, names, self.encoder, [template_args] * len(batch)))
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def _prepare(

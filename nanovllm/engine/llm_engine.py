@@ -22,6 +22,7 @@ from nanovllm.models import load_model_config
 from nanovllm.models.config import ModelConfig
 from nanovllm.sampling_params import MAX_SEED, SamplingParams
 from nanovllm.utils.checkpoint import resolve_checkpoint
+from nanovllm.utils.text_encoder import TextEncoder
 from nanovllm.utils.tokenizer import Prompt, Refusal, load_eos_token_ids, load_tokenizer, raise_refused, tokenize
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class LLMEngine:
         self.max_model_len = choose_max_model_len(config, model_config)
         self.vocab_size = model_config.vocab_size
         self.tokenizer = load_tokenizer(folder)
+        self.encoder = None if self.tokenizer is None else TextEncoder(self.tokenizer)
         executor_class = SingleRankExecutor if config.tensor_parallel_size == 1 else ParallelExecutor
         self.executor: Executor = executor_class(folder, model_config, config, self.max_model_len)
         self.scheduler = Scheduler(
@@ -187,7 +189,7 @@ class LLMEngine:
         """The token ids of each request, which then can be run to its end; or why it can not."""
         if self._exited:
             raise RuntimeError("the engine has exited: make a new LLM")
-        checked = tokenize(prompts, names, self.tokenizer, self.vocab_size)
+        checked = tokenize(prompts, names, self.encoder, self.vocab_size)
         sound: SamplingParams | None = None  # often the next ones', too
         for index, (tokens, one, name) in enumerate(zip(checked, params, names, strict=True)):
             if isinstance(tokens, Refusal):

@@ -93,7 +93,7 @@ class RequestFeed(Iterator[list[Sequence]]):
             rendered = render_chats(
                 [prompts[position] for position in chats],
                 [names[position] for position in chats],
-                self._engine.tokenizer,
+                self._engine.encoder,
                 [requests[position].template_args for position in chats],
             )
             for position, tokens in zip(chats, rendered, strict=True):

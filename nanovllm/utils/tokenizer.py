@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from nanovllm.utils.text_encoder import TextEncoder
+
 Prompt = str | Sequence[int]
 Conversation = Sequence[Mapping[str, Any]]
 Refusal = TypeError | ValueError  # why a request can not be run
@@ -49,7 +51,7 @@ def _read_eos(file: Path) -> set[int]:
 def tokenize(
     prompts: Sequence[Prompt | Refusal],
     names: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase | None,
+    encoder: TextEncoder | None,
     vocab_size: int,
 ) -> list[list[int] | Refusal]:
     """The token ids of prompts that are strings or token ids; the strings are tokenized in one call.
@@ -60,27 +62,28 @@ def tokenize(
     Args:
         prompts: those that were refused before stay so.
         names: what errors call each of them.
-        tokenizer, vocab_size: the checkpoint's.
+        encoder: of the checkpoint's tokenizer; None if it has none.
+        vocab_size: the checkpoint's.
 
     Returns:
         For each its token ids, or why it has none: neither a string nor token ids, empty, a token outside the vocabulary.
     """
     result: list[str | list[int] | Refusal] = [
-        prompt if isinstance(prompt, Refusal) else _check_types(name, prompt, tokenizer)
+        prompt if isinstance(prompt, Refusal) else _check_types(name, prompt, has_tokenizer=encoder is not None)
         for prompt, name in zip(prompts, names, strict=True)
     ]
     texts = {index: one for index, one in enumerate(result) if isinstance(one, str)}
-    encoded = _encode(texts, tokenizer) if tokenizer is not None and texts else {}
+    encoded = _encode(texts, encoder) if encoder is not None and texts else {}
     return [
         one if isinstance(one, Refusal) else _check_range(name, encoded[index] if isinstance(one, str) else one, vocab_size)
         for index, (one, name) in enumerate(zip(result, names, strict=True))
     ]
 
 
-def _check_types(name: str, prompt: object, tokenizer: PreTrainedTokenizerBase | None) -> str | list[int] | Refusal:
+def _check_types(name: str, prompt: object, *, has_tokenizer: bool) -> str | list[int] | Refusal:
     """A text that can be encoded, or token ids as Python's integers; or why it is neither."""
     if isinstance(prompt, str):
-        if tokenizer is None:
+        if not has_tokenizer:
             return ValueError(f"{name} is text, but the checkpoint has no tokenizer: give token ids")
         try:
             prompt.encode()
@@ -106,9 +109,10 @@ def _check_range(name: str, token_ids: list[int], vocab_size: int) -> list[int] 
     return token_ids
 
 
-def _encode(texts: dict[int, str], tokenizer: PreTrainedTokenizerBase) -> dict[int, list[int]]:
+def _encode(texts: dict[int, str], encoder: TextEncoder) -> dict[int, list[int]]:
     """The token ids of texts, in one call."""
-    encoded = dict(zip(texts, _encode_batch(list(texts.values()), tokenizer), strict=True))
+    tokenizer = encoder.tokenizer
+    encoded = dict(zip(texts, encoder.encode(list(texts.values())), strict=True))
     if tokenizer.bos_token is not None:
         for index, text in texts.items():
             if text.startswith(tokenizer.bos_token):
@@ -116,19 +120,8 @@ def _encode(texts: dict[int, str], tokenizer: PreTrainedTokenizerBase) -> dict[i
     return encoded
 
 
-def _encode_batch(texts: list[str], tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool = True) -> list[list[int]]:
-    """What `tokenizer(texts)["input_ids"]` is, in two thirds of the time where the tokenizer is one of Rust."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        token_ids: list[list[int]] = tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]
-        return token_ids
-    backend.no_truncation()  # which its file may ask for, and Transformers undoes
-    backend.no_padding()
-    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
-
-
 def decode_batch(token_ids: list[list[int]], tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool) -> list[str]:
-    """The text of each, in one call; as `_encode_batch`, by the tokenizer of Rust where there is one."""
+    """The text of each, in one call: by the tokenizer of Rust itself where there is one."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         texts: list[str] = backend.decode_batch(token_ids, skip_special_tokens=skip_special_tokens)
@@ -155,7 +148,7 @@ def is_conversation(prompt: object) -> bool:
 def render_chats(
     conversations: Sequence[Conversation],
     names: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase | None,
+    encoder: TextEncoder | None,
     template_args: Sequence[Mapping[str, Any]],
 ) -> list[list[int] | Refusal]:
     """The token ids that the checkpoint's chat template makes of conversations, ready for the assistant's answer.
@@ -163,19 +156,20 @@ def render_chats(
     Args:
         conversations: lists of messages.
         names: what errors call each of them.
-        tokenizer: the checkpoint's.
+        encoder: of the checkpoint's tokenizer; None if it has none.
         template_args: passed on to the template, for each of them.
 
     Returns:
         For each its token ids, or why it has none: no conversation, no chat template, or one that refuses it.
     """
+    tokenizer = None if encoder is None else encoder.tokenizer
     rendered = _render_together(conversations, tokenizer, template_args) or [
         _render_chat(conversation, name, tokenizer, args)
         for conversation, name, args in zip(conversations, names, template_args, strict=True)
     ]
     texts = [text for text in rendered if isinstance(text, str)]
     # The template writes the special tokens itself.
-    encoded = iter(_encode_batch(texts, tokenizer, add_special_tokens=False) if tokenizer is not None and texts else [])
+    encoded = iter(encoder.encode(texts, add_special_tokens=False) if encoder is not None and texts else [])
     return [next(encoded) if isinstance(text, str) else text for text in rendered]
 
 
