@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 logger = logging.getLogger(__name__)
 
 ENOUGH = 500_000  # characters that show that there are many texts: the other takes a tenth of a second for them
+TRIAL = 50_000  # characters for which the two must give the same tokens
 TEXTS_AT_ONCE = 2048
 
 
@@ -28,6 +29,7 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)  # of Rust; not every tokenizer has one
         self._num_characters = 0
+        self._num_agreed = 0  # characters of which the two made the same
         self._vocab_size = 0  # of what fastokens was made of
         self._candidate: Future[FastTokenizer] | None = None  # being made, or to be tried out
         self._fast: FastTokenizer | None = None  # in use
@@ -67,29 +69,31 @@ class TextEncoder:
         """Whether it is time to make a faster tokenizer, or for one that is made to take over."""
         if self._is_settled:
             return
-        self._num_characters += sum(map(len, texts))
-        if self._candidate is not None:
-            if self._candidate.done():
-                self._try_out(self._candidate, texts, add_special_tokens, token_ids)
-        elif self._num_characters >= ENOUGH:
-            self._vocab_size = self._backend.get_vocab_size()
-            pool = ThreadPoolExecutor(1, "make-fastokens")
-            self._candidate = pool.submit(FastTokenizer.from_json_str, self._backend.to_str())
-            pool.shutdown(wait=False)
+        num_characters = sum(map(len, texts))
+        if self._candidate is None:
+            self._num_characters += num_characters
+            if self._num_characters >= ENOUGH:
+                self._candidate = self._begin_to_make()
+        elif self._candidate.done():
+            error = self._candidate.exception()
+            if error is not None:
+                logger.info("fastokens does not support this tokenizer: %s", error)
+                self._is_settled = True
+            elif (encoded := self._encode_fast(self._candidate.result(), texts, add_special_tokens)) is not None:
+                self._num_agreed += num_characters
+                self._settle(self._candidate.result(), agrees=encoded == token_ids)
 
-    def _try_out(
-        self, candidate: Future[FastTokenizer], texts: list[str], add_special_tokens: bool, token_ids: list[list[int]]
-    ) -> None:
-        """Let it take over if it gives these texts these tokens."""
-        try:
-            fast = candidate.result()
-        except ValueError as error:
-            logger.info("fastokens does not support this tokenizer: %s", error)
-            self._is_settled = True
-            return
-        encoded = self._encode_fast(fast, texts, add_special_tokens)
-        if encoded == token_ids:
-            self._fast = fast
-        elif encoded is not None:
+    def _begin_to_make(self) -> Future[FastTokenizer]:
+        self._vocab_size = self._backend.get_vocab_size()
+        pool = ThreadPoolExecutor(1, "make-fastokens")
+        future = pool.submit(FastTokenizer.from_json_str, self._backend.to_str())
+        pool.shutdown(wait=False)
+        return future
+
+    def _settle(self, fast: FastTokenizer, agrees: bool) -> None:
+        """Let it take over once it has given enough texts their tokens."""
+        if not agrees:
             logger.warning("fastokens is not used: it gives other tokens than this tokenizer")
-        self._is_settled = encoded is not None
+            self._is_settled = True
+        elif self._num_agreed >= TRIAL:
+            self._fast, self._is_settled = fast, True

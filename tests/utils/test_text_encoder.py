@@ -66,6 +66,7 @@ def plain(smollm2: Path) -> PreTrainedTokenizerFast:
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_encoder, "ENOUGH", 10)
+    monkeypatch.setattr(text_encoder, "TRIAL", 100)
 
 
 def settle(encoder: TextEncoder) -> TextEncoder:
@@ -123,6 +124,18 @@ def test_one_that_gives_other_tokens_is_not_used(
     assert encoder._fast is None
     assert "other tokens" in caplog.text
     check(encoder, draw_texts(300, seed=4))
+
+
+def test_it_must_agree_on_enough_text(plain: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_encoder, "TRIAL", 1000)
+    encoder = TextEncoder(plain)
+    encoder.encode(["enough to make one"])
+    assert encoder._candidate is not None
+    encoder._candidate.result(timeout=60)
+    for _ in range(2):
+        assert encoder._fast is None
+        encoder.encode(["a" * 500])
+    assert encoder._fast is not None
 
 
 def test_few_texts_are_not_worth_another_tokenizer(plain: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
