@@ -12,9 +12,10 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import orjson
+
 ROW_ID = "batch_req_{}"  # the id of a line: the row's number, by which a result is known to be there
 _ROW_ID = re.compile(r"batch_req_(\d+)")
-_TEXT, _ASCII = (json.JSONEncoder(ensure_ascii=ascii_only, separators=(",", ":")) for ascii_only in (False, True))
 _SYNC_SECONDS = 5.0  # a crash of the machine, not of the process, may lose what came since
 
 
@@ -136,11 +137,11 @@ class ResultFile:
 
 
 def encode_line(result: dict[str, Any]) -> bytes:
-    """A line of JSON; text as it is, but for halves of surrogate pairs, which have no bytes of their own."""
+    """A line of JSON; what is no number there, such as minus infinity, becomes null."""
     try:
-        return _TEXT.encode(result).encode() + b"\n"
-    except UnicodeEncodeError:
-        return _ASCII.encode(result).encode() + b"\n"
+        return orjson.dumps(result, option=orjson.OPT_APPEND_NEWLINE)
+    except TypeError:  # it takes no halves of surrogate pairs, and no ids beyond 64 bits
+        return json.dumps(result, separators=(",", ":")).encode() + b"\n"
 
 
 def _read_result(line: bytes) -> tuple[int | None, bool]:

@@ -198,6 +198,11 @@ def test_lines_are_text_that_reads_back() -> None:
         assert json.loads(line) == {"text": text}
 
 
+def test_lines_of_numbers() -> None:
+    assert encode_line({"custom_id": 10**30}) == b'{"custom_id":%d}\n' % 10**30
+    assert encode_line({"logprob": float("-inf"), "rank": 1}) == b'{"logprob":null,"rank":1}\n'
+
+
 def test_manifest_tells_what_changed(tmp_path: Path, checkpoint: Callable[..., Path]) -> None:
     output = tmp_path / "out.jsonl"
     assert Manifest.read(output) is None
