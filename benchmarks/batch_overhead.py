@@ -24,7 +24,7 @@ from nanovllm.engine.model_runner import StepOutput
 from nanovllm.engine.scheduled_batch import ScheduledBatch
 from nanovllm.models.config import ModelConfig
 
-NUM_ROWS, NUM_WORDS, NUM_OUTPUT_TOKENS, NUM_ROUNDS = 50_000, 75, 32, 3
+NUM_ROWS, NUM_WORDS, NUM_OUTPUT_TOKENS, NUM_ROUNDS = 100_000, 75, 32, 2
 BLOCK_SIZE, NUM_BLOCKS, MAX_NUM_BATCHED_TOKENS = 16, 16_384, 16_384
 
 
