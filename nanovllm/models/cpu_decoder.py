@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nanovllm.layers.activation import SiluAndMul
 from nanovllm.models.qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3MLP, Qwen3Model
 from nanovllm.utils.context import get_forward_context
 from nanovllm.utils.methods import replace_methods
@@ -46,7 +47,8 @@ def _is_known(layer: Qwen3DecoderLayer) -> bool:
     """Whether a layer does what the C++ does, and nothing more."""
     attention, mlp = layer.self_attn, layer.mlp
     parts = (layer, Qwen3DecoderLayer), (attention, Qwen3Attention), (mlp, Qwen3MLP)
-    return all(type(part).forward is kind.forward for part, kind in parts) and mlp.down_proj.ranks.size == 1
+    same_steps = all(type(part).forward is kind.forward for part, kind in parts)
+    return same_steps and isinstance(mlp.activation, SiluAndMul) and mlp.down_proj.ranks.size == 1
 
 
 def _weights(layer: Qwen3DecoderLayer) -> list[Tensor | None]:

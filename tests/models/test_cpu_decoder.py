@@ -109,8 +109,9 @@ def test_layers_of_another_kind_are_left_alone(checkpoint: Callable[..., Path], 
     monkeypatch.setattr(LlamaAttention, "forward", lambda self, x, *_: x, raising=False)
     assert runs_layer_by_layer(decoder())
     monkeypatch.undo()
-    model = decoder()
-    model.__class__ = Qwen3Model
-    model.layers[1].mlp.__class__ = OwnMLP
-    cpu_decoder.use_whole_layers(model, load_kernels(), 1.0)
-    assert runs_layer_by_layer(model)
+    for part, other in (("mlp", OwnMLP), ("mlp.activation", torch.nn.GELU)):
+        model = decoder()
+        model.__class__ = Qwen3Model
+        model.layers[1].get_submodule(part).__class__ = other
+        cpu_decoder.use_whole_layers(model, load_kernels(), 1.0)
+        assert runs_layer_by_layer(model)
