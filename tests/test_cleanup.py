@@ -89,6 +89,11 @@ def runner_of(llm: LLM) -> ModelRunner:
     return runner
 
 
+def run_layer_by_layer(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the layers run one after the other where many of them would be one call."""
+    monkeypatch.setattr(type(runner_of(llm).model.model), "run_layers", Qwen3Model.run_layers)
+
+
 def assert_clean(llm: LLM) -> None:
     """Nothing is left of any request, in the scheduler, the cache, or the forward context; all rows are free."""
     manager = llm.scheduler.block_manager
@@ -167,9 +172,8 @@ def test_error_in_the_model(llm: LLM, drive: Drive, method: str, at_call: int) -
 @pytest.mark.parametrize("layer", [0, 1])
 def test_error_inside_a_layer(llm: LLM, drive: Drive, layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # K and V of some layers have been written then, of others not.
-    decoder = runner_of(llm).model.model
-    monkeypatch.setattr(type(decoder), "run_layers", Qwen3Model.run_layers)  # one after the other
-    attention = decoder.layers[layer].self_attn
+    run_layer_by_layer(llm, monkeypatch)
+    attention = runner_of(llm).model.model.layers[layer].self_attn
     broken = Interrupter(attention.forward, at_call=4, after=True, error=PlannedError())
     with pytest.raises(PlannedError):
         drive_broken(drive, llm, attention, "forward", broken)
@@ -286,6 +290,8 @@ INTERRUPTED_METHODS = [
     "executor._runner.model.forward",
     "executor._runner.model.model.run_layers",
     "executor._runner.model.compute_logits",
+    "executor._runner.backend.store",
+    "executor._runner.backend.attend",
 ]
 
 
@@ -300,7 +306,11 @@ def find(llm: LLM, path: str) -> tuple[Any, str]:
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("path", INTERRUPTED_METHODS)
-def test_interrupt_at_every_call(llm: LLM, expected: list[list[int]], path: str, after: bool) -> None:
+def test_interrupt_at_every_call(
+    llm: LLM, expected: list[list[int]], path: str, after: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "backend" in path:
+        run_layer_by_layer(llm, monkeypatch)
     for drive in (by_generate, by_step):
         if drive is by_step and path == "scheduler.add":
             continue  # an interrupt in add_request says nothing of the requests before it

@@ -24,13 +24,14 @@ def use_whole_layers(model: nn.Module, kernels: Any, scale: float) -> None:
 
     def run_layers(self: Any, hidden_states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
         context = get_forward_context()
-        weights, metadata = self.decoder_weights, context.metadata
+        weights, num_layers, metadata = self.decoder_weights, len(self.layers), context.metadata
+        size = len(weights) // num_layers
         batch = (metadata.slot_mapping, metadata.cu_seqlens_q, metadata.context_lens, metadata.block_tables)
         residual = None
         at_once = max(1, WORK // max(1, len(hidden_states)))
-        for first in range(0, len(weights), at_once):
-            part = slice(first, first + at_once)
-            some, caches = [weight for layer in weights[part] for weight in layer], context.kv_cache[part]
+        for first in range(0, num_layers, at_once):
+            last = first + at_once
+            some, caches = weights[first * size : last * size], context.kv_cache[first:last]
             hidden_states, residual = kernels.run_layers(
                 hidden_states, residual, some, caches, positions, self.rotary.cos_sin, *batch, self.norm.eps, scale
             )
@@ -39,7 +40,7 @@ def use_whole_layers(model: nn.Module, kernels: Any, scale: float) -> None:
     for module in model.modules():
         decoder: Any = module
         if isinstance(module, Qwen3Model) and all(map(_is_known, decoder.layers)):
-            decoder.decoder_weights = list(map(_weights, decoder.layers))
+            decoder.decoder_weights = [weight for layer in decoder.layers for weight in _weights(layer)]
             replace_methods(decoder, Qwen3Model, run_layers=run_layers)
 
 
