@@ -139,9 +139,9 @@ def _time_parts(job: BatchJob, llm: LLM) -> dict[str, float]:
     processor.make_outputs = watch.time("decode", processor.make_outputs)  # type: ignore[method-assign]
     for name in ("schedule", "update", "add"):
         setattr(scheduler, name, watch.time("schedule", getattr(scheduler, name)))
-    render = watch.time("tokenize", request_feed.render_chats)
+    render, tokenize = (watch.time("tokenize", function) for function in (request_feed.render_chats, llm_engine.tokenize))
     llm.executor.execute = watch.time("null model", llm.executor.execute)  # type: ignore[method-assign]
-    with patch.object(request_feed, "render_chats", render):
+    with patch.object(request_feed, "render_chats", render), patch.object(llm_engine, "tokenize", tokenize):
         watch.time("rest", job.run)(run)
     return {part: seconds for part, seconds in watch.seconds.items() if part != "null model"}
 

@@ -130,8 +130,8 @@ class LLM(LLMEngine):
             raise TypeError(f"conversations must be lists of messages, got {type(conversations).__name__}")
         batch: Any = [conversations] if is_conversation(conversations) else conversations
         names = [f"conversation {index}" for index in range(len(batch))]
-        prompts = raise_refused(render_chats(batch, names, self.encoder, [template_args] * len(batch)))
-        return self.generate(prompts, sampling_params, use_tqdm)
+        texts = raise_refused(render_chats(batch, names, self.tokenizer, [template_args] * len(batch)))
+        return self.generate(texts, sampling_params, use_tqdm)
 
     def _prepare(
         self, prompts: str | Items[Prompt], sampling_params: SamplingParams | Items[SamplingParams] | None

@@ -73,6 +73,6 @@ def test_what_is_no_conversation_is_refused_by_its_index(llm: LLM) -> None:
 def test_conversations_are_rendered_together_as_each_is_alone(llm: LLM, odd: Any) -> None:
     good = [[{"role": "user", "content": f"What is {number}?"}] for number in range(4)]
     batch: list[Any] = [*good[:2], [{"role": "user", "content": "Hm."}, odd], *good[2:]]
-    together = render_chats(batch, list("abcde"), llm.encoder, [{}] * 5)
-    alone = [render_chats([one], [name], llm.encoder, [{}])[0] for one, name in zip(batch, "abcde", strict=True)]
+    together = render_chats(batch, list("abcde"), llm.tokenizer, [{}] * 5)
+    alone = [render_chats([one], [name], llm.tokenizer, [{}])[0] for one, name in zip(batch, "abcde", strict=True)]
     assert list(map(repr, together)) == list(map(repr, alone))

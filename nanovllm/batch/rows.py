@@ -34,7 +34,9 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {  # fields that only these values may
     "add_generation_prompt": (True,),
 }
 _KNOWN = {*_SAMPLING, *_OTHERS, *_IGNORED, *_NEUTRAL}
-MAX_PARAMS = 1024  # sampling parameters that are remembered
+_OWN = {"prompt", "messages", *_IGNORED}  # all others say how to run a prompt: many rows have them in common
+MAX_OPTIONS = 1024  # that are remembered
+MAX_DEPTH = 100  # of objects and arrays within each other
 _NAME = "the prompt"  # in errors: a line of the output says which
 
 
@@ -53,16 +55,11 @@ class BadRow:
 
 
 class Row(NamedTuple):
-    """A row as it was read.
-
-    is_plain: it has no envelope: its fields are those of a body.
-    body: the request's fields, or what stands in their place.
-    """
+    """A row as it was read: its fields are those of the body, or of a plain row."""
 
     number: int
     custom_id: str | int | None
-    is_plain: bool
-    body: dict[str, Any]
+    fields: dict[str, Any]
 
 
 class BatchRequest(NamedTuple):
@@ -72,6 +69,13 @@ class BatchRequest(NamedTuple):
     custom_id: str | int | None
     is_chat: bool
     request: Request
+
+
+class Options(NamedTuple):
+    """What a row says beside its prompt."""
+
+    params: SamplingParams
+    template_args: dict[str, Any]
 
 
 class RowParser:
@@ -87,7 +91,7 @@ class RowParser:
         self._defaults = {**defaults, "seed": None}
         self._template_args = dict(template_args)
         self._seed = seed
-        self._params: dict[str, SamplingParams] = {}  # by the fields that they were made of
+        self._options: dict[str, Options] = {}  # by the fields that they were made of
 
     def parse(self, row: Row) -> BatchRequest | BadRow:
         """The request of a row."""
@@ -97,36 +101,43 @@ class RowParser:
             return BadRow(row.number, row.custom_id, "invalid_request", str(error))
 
     def _parse(self, row: Row) -> BatchRequest:
-        body = _check_body(row)
-        is_chat = "messages" in body
-        prompt = _check_messages(body["messages"]) if is_chat else _check_prompt(body["prompt"])
-        template_args = body.get("chat_template_kwargs", {})
-        if not isinstance(template_args, dict) or (template_args and not is_chat):
-            raise ValueError(f"chat_template_kwargs must be an object, beside messages, got {template_args!r:.80}")
-        values = {name: value for name, value in body.items() if name in _SAMPLING}
-        values |= _renamed(body, is_chat)
+        fields = row.fields
+        is_chat = "messages" in fields
+        if is_chat == ("prompt" in fields):
+            raise ValueError("the row must have either prompt or messages" + ", it has both" * is_chat)
+        prompt = _check_messages(fields["messages"]) if is_chat else _check_prompt(fields["prompt"])
+        options = self._options_of({name: value for name, value in fields.items() if name not in _OWN}, is_chat)
         seed = xxhash.xxh64_intdigest(row.number.to_bytes(8, "little"), self._seed) & MAX_SEED
-        template_args = {**self._template_args, **template_args} if is_chat else {}
-        request = Request(prompt, self._params_of(values), template_args, _NAME, seed)
+        request = Request(prompt, options.params, options.template_args, _NAME, seed)
         return BatchRequest(row.number, row.custom_id, is_chat, request)
 
-    def _params_of(self, values: dict[str, Any]) -> SamplingParams:
-        """The sampling parameters of a row's fields; rows that say the same share them."""
-        key = repr(values)  # 1, 1.0 and True are equal, but not as good
-        params = self._params.get(key)
-        if params is None:
-            params = SamplingParams(**{**self._defaults, **values})
-            if len(self._params) >= MAX_PARAMS:
-                self._params.clear()
-            self._params[key] = params
-        return params
+    def _options_of(self, fields: dict[str, Any], is_chat: bool) -> Options:
+        """The options that a row's fields ask for; rows that say the same share them."""
+        key = repr((fields, is_chat))  # 1, 1.0 and True are equal, but not as good
+        options = self._options.get(key)
+        if options is None:
+            options = self._make_options(fields, is_chat)
+            if len(self._options) >= MAX_OPTIONS:
+                self._options.clear()
+            self._options[key] = options
+        return options
+
+    def _make_options(self, fields: dict[str, Any], is_chat: bool) -> Options:
+        _check_known(fields)
+        template_args = fields.get("chat_template_kwargs", {})
+        if not isinstance(template_args, dict) or (template_args and not is_chat):
+            raise ValueError(f"chat_template_kwargs must be an object, beside messages, got {template_args!r:.80}")
+        values = {name: value for name, value in fields.items() if name in _SAMPLING}
+        values |= _renamed(fields, is_chat)
+        params = SamplingParams(**{**self._defaults, **values})
+        return Options(params, {**self._template_args, **template_args} if is_chat else {})
 
 
 def open_row(row: InputRow) -> Row | BadRow:
     """Read the row as far as its custom_id."""
     try:
-        content = json.loads(row.content) if isinstance(row.content, bytes) else row.content
-    except (ValueError, RecursionError) as error:
+        content = _read_json(row.content) if isinstance(row.content, bytes) else row.content
+    except ValueError as error:
         return BadRow(row.number, None, "invalid_json", f"the row is not JSON: {error}")
     if not isinstance(content, dict):
         return BadRow(row.number, None, "invalid_row", f"the row must be an object, got {type(content).__name__}")
@@ -134,10 +145,30 @@ def open_row(row: InputRow) -> Row | BadRow:
     is_plain = content.get("body") is None and content.get("url") is None
     try:
         _check_custom_id(custom_id, is_plain)
-        return Row(row.number, custom_id, is_plain, _without_nulls(content) if is_plain else _check_envelope(content))
+        fields = _without_nulls(content) if is_plain else _check_envelope(content)
     except (TypeError, ValueError) as error:
         known_id = custom_id if isinstance(custom_id, (str, int)) else None
         return BadRow(row.number, known_id, "invalid_request", str(error))
+    if is_plain:
+        fields.pop("custom_id", None)
+    return Row(row.number, custom_id, fields)
+
+
+def _read_json(text: bytes | str) -> Any:
+    """What it holds, if that is not so deep that Python may fail to compare or to show it."""
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+    brackets: Any = b"[{" if isinstance(text, bytes) else "[{"
+    if sum(map(text.count, brackets)) > MAX_DEPTH:
+        level = [value]
+        for _ in range(MAX_DEPTH):
+            members = (one.values() if isinstance(one, dict) else one for one in level)
+            level = [inner for outer in members for inner in outer if isinstance(inner, (list, dict))]
+        if level:
+            raise ValueError(f"its values are nested deeper than {MAX_DEPTH} levels")
+    return value
 
 
 def _check_custom_id(custom_id: object, is_plain: bool) -> None:
@@ -157,7 +188,7 @@ def _check_envelope(content: dict[str, Any]) -> dict[str, Any]:
     if url not in (CHAT_URL, COMPLETIONS_URL):
         raise ValueError(f"url must be {CHAT_URL!r} or {COMPLETIONS_URL!r}, got {url!r:.80}")
     if isinstance(body, str):
-        body = json.loads(body)  # a column of a Parquet file has one type; bodies may differ
+        body = _read_json(body)  # a column of a Parquet file has one type; bodies may differ
     if not isinstance(body, dict):
         raise TypeError(f"body must be an object, got {type(body).__name__}")
     body = _without_nulls(body)
@@ -172,19 +203,15 @@ def _without_nulls(given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _check_body(row: Row) -> dict[str, Any]:
-    """The fields of a row, all of them known."""
-    body = {name: value for name, value in row.body.items() if name != "custom_id" or not row.is_plain}
-    for name, value in body.items():
+def _check_known(fields: Mapping[str, Any]) -> None:
+    """Check that there is no field that would be overlooked."""
+    for name, value in fields.items():
         if name in _NEUTRAL:
             if value not in _NEUTRAL[name]:
                 raise ValueError(f"{name}={value!r:.80} is not supported: leave it out")
         elif name not in _KNOWN:
             nearest = difflib.get_close_matches(name, sorted(_KNOWN), n=1, cutoff=0.0)[0]
             raise ValueError(f"unknown field {name!r}; did you mean {nearest!r}?")
-    if ("prompt" in body) == ("messages" in body):
-        raise ValueError("the row must have either prompt or messages" + ", it has both" * ("prompt" in body))
-    return body
 
 
 def _check_messages(messages: object) -> list[dict[str, Any]]:

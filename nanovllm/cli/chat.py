@@ -60,7 +60,7 @@ def _answer(
 ) -> list[dict[str, str]]:
     """The conversation with its answer, as far as it came; without the last message if it cannot be answered."""
     try:
-        (prompt,) = raise_refused(render_chats([messages], ["the conversation"], llm.encoder, [template_args]))
+        (prompt,) = raise_refused(render_chats([messages], ["the conversation"], llm.tokenizer, [template_args]))
         return [*messages, {"role": "assistant", "content": write_stream(llm, prompt, params)}]
     except (UsageError, ValueError) as error:
         if not sys.stdin.isatty():

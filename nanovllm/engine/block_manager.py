@@ -180,10 +180,12 @@ class BlockManager:
         if not self.enable_prefix_caching or num_full_blocks == seq.num_published_blocks:
             return
         self._hash_full_blocks(seq)
-        for index in range(seq.num_published_blocks, num_full_blocks):
+        first = seq.num_published_blocks
+        parent_id = self.blocks[seq.block_table[first - 1]].prefix_id if first else ROOT
+        for index in range(first, num_full_blocks):
             block = self.blocks[seq.block_table[index]]
-            parent_id = self.blocks[seq.block_table[index - 1]].prefix_id if index else ROOT
             self._publish_block(block, seq.block_hashes[index], self._tokens_of(seq, index), parent_id)
+            parent_id = block.prefix_id
         seq.num_published_blocks = num_full_blocks
 
     def _publish_block(self, block: Block, block_hash: int, token_ids: "array[int]", parent_id: int) -> None:
@@ -212,9 +214,11 @@ class BlockManager:
             del self._being_computed[block_hash]
 
     def _hash_full_blocks(self, seq: Sequence) -> None:
-        hashes = seq.block_hashes
-        for index in range(len(hashes), len(seq) // self.block_size):
-            hashes.append(self._hash_function(hashes[-1] if hashes else ROOT, self._tokens_of(seq, index)))
+        block_size, hashes = self.block_size, seq.block_hashes
+        parent_hash = hashes[-1] if hashes else ROOT
+        for start in range(len(hashes) * block_size, len(seq) - block_size + 1, block_size):
+            parent_hash = self._hash_function(parent_hash, seq.token_ids[start : start + block_size])
+            hashes.append(parent_hash)
 
     def _tokens_of(self, seq: Sequence, index: int) -> "array[int]":
         return seq.token_ids[index * self.block_size : (index + 1) * self.block_size]

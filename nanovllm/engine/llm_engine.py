@@ -22,7 +22,7 @@ from nanovllm.models import load_model_config
 from nanovllm.models.config import ModelConfig
 from nanovllm.sampling_params import MAX_SEED, SamplingParams
 from nanovllm.utils.checkpoint import resolve_checkpoint
-from nanovllm.utils.text_encoder import TextEncoder
+from nanovllm.utils.text_codec import TextCodec
 from nanovllm.utils.tokenizer import Prompt, Refusal, load_eos_token_ids, load_tokenizer, raise_refused, tokenize
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class LLMEngine:
         self.max_model_len = choose_max_model_len(config, model_config)
         self.vocab_size = model_config.vocab_size
         self.tokenizer = load_tokenizer(folder)
-        self.encoder = None if self.tokenizer is None else TextEncoder(self.tokenizer)
+        self.codec = None if self.tokenizer is None else TextCodec(self.tokenizer)
         executor_class = SingleRankExecutor if config.tensor_parallel_size == 1 else ParallelExecutor
         self.executor: Executor = executor_class(folder, model_config, config, self.max_model_len)
         self.scheduler = Scheduler(
@@ -77,7 +77,7 @@ class LLMEngine:
             self.scheduler.stop_tokens,
             has_tokenizer=self.tokenizer is not None,
         )
-        self.output_processor = OutputProcessor(self.tokenizer)
+        self.output_processor = OutputProcessor(self.codec)
         self._seq_ids = itertools.count()
         self._exited = False
         self._seed_source = Random(config.seed)
@@ -189,7 +189,7 @@ class LLMEngine:
         """The token ids of each request, which then can be run to its end; or why it can not."""
         if self._exited:
             raise RuntimeError("the engine has exited: make a new LLM")
-        checked = tokenize(prompts, names, self.encoder, self.vocab_size)
+        checked = tokenize(prompts, names, self.codec, self.vocab_size)
         sound: SamplingParams | None = None  # often the next ones', too
         for index, (tokens, one, name) in enumerate(zip(checked, params, names, strict=True)):
             if isinstance(tokens, Refusal):

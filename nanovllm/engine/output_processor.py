@@ -7,14 +7,12 @@ others is decoded at the end, in one call.
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Items
 
-from transformers import PreTrainedTokenizerBase
-
 from nanovllm.engine.detokenizer import Detokenizer, decode
 from nanovllm.engine.model_runner import StepOutput
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers.logprobs import Logprobs
 from nanovllm.outputs import CompletionOutput, PositionLogprobs, RequestOutput, SeveralCompletions, StreamEvent, TokenLogprob
-from nanovllm.utils.tokenizer import decode_batch
+from nanovllm.utils.text_codec import TextCodec
 
 Entries = list[tuple[int, float, int]]  # (token, logprob, rank) of the best tokens at one position
 
@@ -23,11 +21,12 @@ class OutputProcessor:
     """Follows the running requests' outputs.
 
     Args:
-        tokenizer: the checkpoint's, if it has one.
+        codec: of the checkpoint's tokenizer; None if it has none.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, codec: TextCodec | None) -> None:
+        self._codec = codec
+        self._tokenizer = None if codec is None else codec.tokenizer
         self._followed: list[Sequence] = []  # unfinished, with a detokenizer
 
     def reset(self) -> None:
@@ -37,7 +36,7 @@ class OutputProcessor:
     def add(self, seq: Sequence, streams: bool) -> None:
         """Follow a new request if its text is needed as it comes."""
         if streams or seq.sampling_params.stop:
-            seq.detokenizer = Detokenizer(self.tokenizer, seq.sampling_params)
+            seq.detokenizer = Detokenizer(self._tokenizer, seq.sampling_params)
             self._followed.append(seq)
 
     # ---- in each step ----
@@ -129,15 +128,15 @@ class OutputProcessor:
         texts = {seq.seq_id: seq.detokenizer.text if seq.detokenizer else "" for seq in sequences}
         for skip in (True, False):
             batch = [s for s in sequences if s.detokenizer is None and s.sampling_params.skip_special_tokens == skip]
-            if batch and self.tokenizer is not None:
-                decoded = decode_batch([seq.text_token_ids() for seq in batch], self.tokenizer, skip)
+            if batch and self._codec is not None:
+                decoded = self._codec.decode([seq.text_token_ids() for seq in batch], skip)
                 texts.update(zip((seq.seq_id for seq in batch), decoded, strict=True))
         return texts
 
     def _token_names(self, positions: Iterable[Entries]) -> dict[int, str]:
         """The text of each token that occurs in log-probabilities, each decoded once."""
         token_ids = {token_id for position in positions for token_id, _, _ in position}
-        return {token_id: decode(self.tokenizer, [token_id], skip_special_tokens=False) for token_id in token_ids}
+        return {token_id: decode(self._tokenizer, [token_id], skip_special_tokens=False) for token_id in token_ids}
 
 
 def _detokenize(seq: Sequence) -> bool:

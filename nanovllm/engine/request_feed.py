@@ -93,11 +93,11 @@ class RequestFeed(Iterator[list[Sequence]]):
             rendered = render_chats(
                 [prompts[position] for position in chats],
                 [names[position] for position in chats],
-                self._engine.encoder,
+                self._engine.tokenizer,
                 [requests[position].template_args for position in chats],
             )
-            for position, tokens in zip(chats, rendered, strict=True):
-                prompts[position] = tokens
+            for position, text in zip(chats, rendered, strict=True):
+                prompts[position] = text
         checked = self._engine.check_requests(prompts, [request.sampling_params for request in requests], names)
         sequences: list[Sequence] = []
         for (index, request), tokens_or_error in zip(batch, checked, strict=True):

@@ -124,7 +124,9 @@ class Running:
     def up_to_date(self, position: int) -> Sequence:
         """The sequence at a position, with all its tokens."""
         counts, seq = self.counts, self.sequences[position]
-        _append(seq, self._recent[counts.row[position]].tobytes(), int(counts.num_tokens[position]))
+        num_tokens = int(counts.num_tokens[position])
+        if len(seq.token_ids) < num_tokens:
+            _append(seq, self._recent[counts.row[position]].tobytes(), num_tokens)
         return seq
 
 

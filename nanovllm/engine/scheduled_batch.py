@@ -4,7 +4,6 @@ What is made anew in each step is a named tuple, here and in the model runner: a
 """
 
 from array import array
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -15,8 +14,7 @@ from nanovllm.sampling_params import SamplingParams
 IntArray = NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
-class StartedSequence:
+class StartedSequence(NamedTuple):
     """A sequence that joins the running ones: all that a model runner needs to know of it."""
 
     row: int  # what was in this row before has ended

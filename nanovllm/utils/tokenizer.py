@@ -5,17 +5,24 @@ import json
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from nanovllm.utils.text_encoder import TextEncoder
+from nanovllm.utils.text_codec import TextCodec
 
 Prompt = str | Sequence[int]
 Conversation = Sequence[Mapping[str, Any]]
 Refusal = TypeError | ValueError  # why a request can not be run
+T = TypeVar("T")
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+class ChatText(str):
+    """A prompt that a chat template made: the special tokens that it needs are in it."""
+
+    __slots__ = ()
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
@@ -51,7 +58,7 @@ def _read_eos(file: Path) -> set[int]:
 def tokenize(
     prompts: Sequence[Prompt | Refusal],
     names: Sequence[str],
-    encoder: TextEncoder | None,
+    codec: TextCodec | None,
     vocab_size: int,
 ) -> list[list[int] | Refusal]:
     """The token ids of prompts that are strings or token ids; the strings are tokenized in one call.
@@ -62,21 +69,25 @@ def tokenize(
     Args:
         prompts: those that were refused before stay so.
         names: what errors call each of them.
-        encoder: of the checkpoint's tokenizer; None if it has none.
+        codec: of the checkpoint's tokenizer; None if it has none.
         vocab_size: the checkpoint's.
 
     Returns:
         For each its token ids, or why it has none: neither a string nor token ids, empty, a token outside the vocabulary.
     """
-    result: list[str | list[int] | Refusal] = [
-        prompt if isinstance(prompt, Refusal) else _check_types(name, prompt, has_tokenizer=encoder is not None)
+    checked: list[str | list[int] | Refusal] = [
+        prompt if isinstance(prompt, Refusal) else _check_types(name, prompt, has_tokenizer=codec is not None)
         for prompt, name in zip(prompts, names, strict=True)
     ]
-    texts = {index: one for index, one in enumerate(result) if isinstance(one, str)}
-    encoded = _encode(texts, encoder) if encoder is not None and texts else {}
+    texts = {index: one for index, one in enumerate(checked) if isinstance(one, str)}
+    encoded = {} if codec is None else _encode(texts, codec)
     return [
-        one if isinstance(one, Refusal) else _check_range(name, encoded[index] if isinstance(one, str) else one, vocab_size)
-        for index, (one, name) in enumerate(zip(result, names, strict=True))
+        one
+        if isinstance(one, Refusal)
+        else _check_encoded(name, encoded[index], vocab_size)
+        if isinstance(one, str)
+        else _check_given(name, one, vocab_size)
+        for index, (one, name) in enumerate(zip(checked, names, strict=True))
     ]
 
 
@@ -100,35 +111,33 @@ def _check_types(name: str, prompt: object, *, has_tokenizer: bool) -> str | lis
     return [int(token) for token in prompt]  # such as numpy's
 
 
-def _check_range(name: str, token_ids: list[int], vocab_size: int) -> list[int] | Refusal:
+def _check_given(name: str, token_ids: list[int], vocab_size: int) -> list[int] | Refusal:
+    if token_ids and min(token_ids) < 0:
+        return ValueError(f"{name} has token {min(token_ids)}; the vocabulary is 0 to {vocab_size - 1}")
+    return _check_encoded(name, token_ids, vocab_size)
+
+
+def _check_encoded(name: str, token_ids: list[int], vocab_size: int) -> list[int] | Refusal:
+    """What a tokenizer made has no negative tokens; but it may have more tokens than the model."""
     if not token_ids:
         return ValueError(f"{name} is empty: it needs at least one token")
-    if min(token_ids) < 0 or max(token_ids) >= vocab_size:
-        wrong = next(token for token in token_ids if not 0 <= token < vocab_size)
-        return ValueError(f"{name} has token {wrong}; the vocabulary is 0 to {vocab_size - 1}")
+    if max(token_ids) >= vocab_size:
+        return ValueError(f"{name} has token {max(token_ids)}; the vocabulary is 0 to {vocab_size - 1}")
     return token_ids
 
 
-def _encode(texts: dict[int, str], encoder: TextEncoder) -> dict[int, list[int]]:
-    """The token ids of texts, in one call."""
-    tokenizer = encoder.tokenizer
-    encoded = dict(zip(texts, encoder.encode(list(texts.values())), strict=True))
+def _encode(texts: dict[int, str], codec: TextCodec) -> dict[int, list[int]]:
+    """The token ids of texts, in one call for each kind."""
+    chats = {index: text for index, text in texts.items() if isinstance(text, ChatText)}
+    others = {index: text for index, text in texts.items() if index not in chats} if chats else texts
+    encoded = dict(zip(chats, codec.encode(list(chats.values()), add_special_tokens=False), strict=True))
+    encoded |= zip(others, codec.encode(list(others.values())), strict=True)
+    tokenizer = codec.tokenizer
     if tokenizer.bos_token is not None:
-        for index, text in texts.items():
+        for index, text in others.items():
             if text.startswith(tokenizer.bos_token):
                 _drop_second_bos(encoded[index], text, tokenizer)
     return encoded
-
-
-def decode_batch(token_ids: list[list[int]], tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool) -> list[str]:
-    """The text of each, in one call: by the tokenizer of Rust itself where there is one."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        texts: list[str] = backend.decode_batch(token_ids, skip_special_tokens=skip_special_tokens)
-    else:
-        options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
-        texts = tokenizer.batch_decode(token_ids, **options)
-    return texts
 
 
 def _drop_second_bos(token_ids: list[int], text: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -148,36 +157,31 @@ def is_conversation(prompt: object) -> bool:
 def render_chats(
     conversations: Sequence[Conversation],
     names: Sequence[str],
-    encoder: TextEncoder | None,
+    tokenizer: PreTrainedTokenizerBase | None,
     template_args: Sequence[Mapping[str, Any]],
-) -> list[list[int] | Refusal]:
-    """The token ids that the checkpoint's chat template makes of conversations, ready for the assistant's answer.
+) -> list[ChatText | Refusal]:
+    """The texts that the checkpoint's chat template makes of conversations, ready for the assistant's answer.
 
     Args:
         conversations: lists of messages.
         names: what errors call each of them.
-        encoder: of the checkpoint's tokenizer; None if it has none.
+        tokenizer: the checkpoint's, if it has one.
         template_args: passed on to the template, for each of them.
 
     Returns:
-        For each its token ids, or why it has none: no conversation, no chat template, or one that refuses it.
+        For each its text, or why it has none: no conversation, no chat template, or one that refuses it.
     """
-    tokenizer = None if encoder is None else encoder.tokenizer
-    rendered = _render_together(conversations, tokenizer, template_args) or [
+    return _render_together(conversations, tokenizer, template_args) or [
         _render_chat(conversation, name, tokenizer, args)
         for conversation, name, args in zip(conversations, names, template_args, strict=True)
     ]
-    texts = [text for text in rendered if isinstance(text, str)]
-    # The template writes the special tokens itself.
-    encoded = iter(encoder.encode(texts, add_special_tokens=False) if encoder is not None and texts else [])
-    return [next(encoded) if isinstance(text, str) else text for text in rendered]
 
 
 def _render_together(
     conversations: Sequence[Conversation],
     tokenizer: PreTrainedTokenizerBase | None,
     template_args: Sequence[Mapping[str, Any]],
-) -> list[str | Refusal] | None:
+) -> list[ChatText | Refusal] | None:
     """What `_render_chat` makes of each, by one call; None if they differ in arguments, or one of them may be refused."""
     if tokenizer is None or not conversations or any(args != template_args[0] for args in template_args):
         return None
@@ -185,16 +189,15 @@ def _render_together(
     try:
         if not all(isinstance(message, Mapping) for conversation in conversations for message in conversation):
             return None
-        texts: list[str] = tokenizer.apply_chat_template(list(map(list, conversations)), tokenize=False, **options)
-        "".join(texts).encode()
+        texts = tokenizer.apply_chat_template(list(map(list, conversations)), tokenize=False, **options)
     except Exception:  # see `_render_chat`, which will say which it is
         return None
-    return list(texts)
+    return list(map(ChatText, texts))
 
 
 def _render_chat(
     conversation: Conversation, name: str, tokenizer: PreTrainedTokenizerBase | None, template_args: Mapping[str, Any]
-) -> str | Refusal:
+) -> ChatText | Refusal:
     if tokenizer is None or not tokenizer.chat_template:
         missing = "tokenizer" if tokenizer is None else "chat template"
         return ValueError(f"the checkpoint has no {missing}: chat needs one. Use generate with prompts of your own")
@@ -202,15 +205,13 @@ def _render_chat(
         return TypeError(f"{name} must be a list of messages, dicts with 'role' and 'content'")
     options = {"add_generation_prompt": True, **template_args}
     try:
-        text: str = tokenizer.apply_chat_template(list(conversation), tokenize=False, **options)
-        text.encode()
-    except Exception as error:  # whatever the template's code raises, and text that no tokenizer can encode
+        return ChatText(tokenizer.apply_chat_template(list(conversation), tokenize=False, **options))
+    except Exception as error:  # whatever the template's code raises
         return ValueError(f"the chat template refuses {name}: {error}")
-    return text
 
 
-def raise_refused(checked: Sequence[list[int] | Refusal]) -> list[list[int]]:
-    """The token ids of requests, none of which was refused.
+def raise_refused(checked: Sequence[T | Refusal]) -> list[T]:
+    """Those that were checked, none of which was refused.
 
     Raises:
         TypeError, ValueError: one was; the first.

@@ -89,7 +89,7 @@ def test_seeds_are_functions_of_the_number() -> None:
 
 
 def test_rows_that_say_the_same_share_their_sampling_params(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nanovllm.batch.rows.MAX_PARAMS", 3)
+    monkeypatch.setattr("nanovllm.batch.rows.MAX_OPTIONS", 3)
     parser = RowParser({"max_tokens": 3, "seed": 5}, {}, seed=3)
 
     def params_of(**body: Any) -> SamplingParams:
@@ -106,7 +106,7 @@ def test_rows_that_say_the_same_share_their_sampling_params(monkeypatch: pytest.
         params_of(seed=True)
     for number in range(10):
         assert params_of(top_k=number).top_k == number
-        assert len(parser._params) <= 3
+        assert len(parser._options) <= 3
 
 
 BAD: list[tuple[Any, str, str]] = [
@@ -157,6 +157,26 @@ def test_bad_rows_say_why(content: Any, code: str, message: str) -> None:
     assert isinstance(bad, BadRow)
     assert (bad.number, bad.code) == (7, code)
     assert message in bad.message
+
+
+@pytest.mark.parametrize("innermost", ["", "1"])
+def test_how_deep_rows_may_be_nested(innermost: str) -> None:
+    """Below Python's limit of recursion there are values that can be read, but not compared, or shown in an error."""
+    for name in ("stop", "chat_template_kwargs", "no_field", "user", "prompt"):
+        for depth in (98, 99, 100, *range(800, 1000)):
+            fields = f'{{"prompt": "x", "{name}": [1, {"[" * (depth - 1)}{innermost}{"]" * (depth - 1)}]}}'
+            for row in (fields.encode(), {**text(), "body": fields}):
+                result = read(row)
+                if depth < 100:  # and the row itself is a level
+                    assert isinstance(result, BatchRequest) == (name in ("user", "prompt"))
+                else:
+                    assert isinstance(result, BadRow)
+                    assert "nested deeper than 100 levels" in result.message or "maximum recursion" in result.message
+
+
+def test_brackets_in_text_are_no_nesting() -> None:
+    read_good({"prompt": "[{" * 1000, "stop": ["{" * 1000]})
+    assert isinstance(read(json.dumps("[" * 1000).encode()), BadRow)
 
 
 json_values = st.recursive(

@@ -1,6 +1,5 @@
 """Scheduler: what runs in which step, preemption, and the ends of sequences."""
 
-import dataclasses
 import sys
 from array import array
 from collections import defaultdict
@@ -574,7 +573,7 @@ def test_a_batch_is_frozen() -> None:
     batch = scheduler.schedule()
     with pytest.raises(AttributeError):
         batch.num_prefill_tokens = 1  # type: ignore[misc]
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(AttributeError):
         batch.started[0].seed = 1  # type: ignore[misc]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from nanovllm.utils.text_encoder import TextEncoder
+from nanovllm.utils.text_codec import TextCodec
 from nanovllm.utils.tokenizer import raise_refused, tokenize
 
 BOS = 1
@@ -39,7 +39,7 @@ class StubTokenizer:
 
 
 def run(tokenizer: Any, *prompts: str | list[int]) -> list[list[int]]:
-    return raise_refused(tokenize(prompts, [""] * len(prompts), TextEncoder(tokenizer), VOCAB_SIZE))
+    return raise_refused(tokenize(prompts, [""] * len(prompts), TextCodec(tokenizer), VOCAB_SIZE))
 
 
 def test_a_text_that_has_the_token_gets_no_second_one() -> None:
@@ -86,5 +86,5 @@ def test_tokens_are_those_of_transformers_and_all_of_them(tiny_text_model: Path)
     expected = tokenizer(texts)["input_ids"]
     tokenizer.backend_tokenizer.enable_truncation(2)
     tokenizer.backend_tokenizer.enable_padding(length=50)
-    checked = tokenize(texts, texts, TextEncoder(tokenizer), len(tokenizer))
+    checked = tokenize(texts, texts, TextCodec(tokenizer), len(tokenizer))
     assert raise_refused(checked) == expected

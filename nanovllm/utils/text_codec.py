@@ -1,4 +1,4 @@
-"""From texts to token ids: by the checkpoint's tokenizer, and where there are many, by fastokens, ten times as fast.
+"""From texts to token ids and back: by the checkpoint's tokenizer, and where there are many, by fastokens, which is faster.
 
 What the checkpoint's tokenizer gives is right. fastokens takes a second to be made, on a thread of its own; then it takes
 over, if it gives the same for the texts that come next. What it does not support, or refuses, is left to the other.
@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from fastokens import Tokenizer as FastTokenizer
+from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -18,8 +19,8 @@ TRIAL = 50_000  # characters for which the two must give the same tokens
 TEXTS_AT_ONCE = 2048
 
 
-class TextEncoder:
-    """Texts -> token ids.
+class TextCodec:
+    """Texts <-> token ids.
 
     Args:
         tokenizer: the checkpoint's.
@@ -47,6 +48,25 @@ class TextEncoder:
             result += token_ids
         return result
 
+    def decode(self, token_ids: list[list[int]], skip_special_tokens: bool) -> list[str]:
+        """What `tokenizer.decode` makes of each, without a cleaning of spaces."""
+        if self._backend is None:
+            options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
+            texts: list[str] = self.tokenizer.batch_decode(token_ids, **options)
+        elif self._fast is not None and self._is_current() and self._is_byte_level():
+            texts = self._fast.decode_batch(token_ids, skip_special_tokens)
+        else:
+            texts = self._backend.decode_batch(token_ids, skip_special_tokens=skip_special_tokens)
+        return texts
+
+    def _is_current(self) -> bool:
+        """Whether no tokens were added to the tokenizer after fastokens was made of it."""
+        return self._backend.get_vocab_size() == self._vocab_size
+
+    def _is_byte_level(self) -> bool:
+        """Whether tokens are bytes, which fastokens decodes as the other does; not so all that other kinds make of them."""
+        return isinstance(self._backend.decoder, ByteLevel)
+
     def _encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         """By the checkpoint's tokenizer; one of Rust is called itself, which saves a third of the time."""
         if self._backend is None:
@@ -58,7 +78,7 @@ class TextEncoder:
 
     def _encode_fast(self, fast: FastTokenizer, texts: list[str], add_special_tokens: bool) -> list[list[int]] | None:
         """By fastokens; None if it refuses a text, or tokens were added to the tokenizer after it was made."""
-        if self._backend.get_vocab_size() != self._vocab_size:
+        if not self._is_current():
             return None
         try:
             return [encoding.ids for encoding in fast.encode_batch(texts, add_special_tokens)]
@@ -80,8 +100,13 @@ class TextEncoder:
                 logger.info("fastokens does not support this tokenizer: %s", error)
                 self._is_settled = True
             elif (encoded := self._encode_fast(self._candidate.result(), texts, add_special_tokens)) is not None:
+                fast = self._candidate.result()
                 self._num_agreed += num_characters
-                self._settle(self._candidate.result(), agrees=encoded == token_ids)
+                self._settle(fast, agrees=encoded == token_ids and self._decodes_alike(fast, token_ids))
+
+    def _decodes_alike(self, fast: FastTokenizer, token_ids: list[list[int]]) -> bool:
+        expected = self._backend.decode_batch(token_ids, skip_special_tokens=False)
+        return not self._is_byte_level() or fast.decode_batch(token_ids, skip_special_tokens=False) == expected
 
     def _begin_to_make(self) -> Future[FastTokenizer]:
         self._vocab_size = self._backend.get_vocab_size()
@@ -93,7 +118,7 @@ class TextEncoder:
     def _settle(self, fast: FastTokenizer, agrees: bool) -> None:
         """Let it take over once it has given enough texts their tokens."""
         if not agrees:
-            logger.warning("fastokens is not used: it gives other tokens than this tokenizer")
+            logger.warning("fastokens is not used: it gives other tokens or texts than this tokenizer")
             self._is_settled = True
         elif self._num_agreed >= TRIAL:
             self._fast, self._is_settled = fast, True
