@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import distributions
 from pathlib import Path
@@ -32,7 +33,9 @@ from benchmarks.hand_over import print_hand_over
 from benchmarks.host_overhead import print_host_overhead
 from example import choose_model
 from nanovllm import LLM, SamplingParams
+from nanovllm.layers.cpu_layers import fuse_layers
 from nanovllm.layers.sampler import Filters, Sampler
+from nanovllm.utils.cpu_build import BuildError, load_kernels
 from nanovllm.utils.device import choose_device, choose_dtype
 
 
@@ -177,6 +180,9 @@ def time_sampler(num_rows: int = 96, vocab_size: int = 151_936, repeat: int = 7)
     logits[:, ::5000] += 15  # as peaked as a model's often are
     uniforms = torch.rand(num_rows)
     sampler = Sampler()
+    if device == "cpu":
+        with suppress(BuildError):  # as in the engine: without a compiler the plain one runs
+            fuse_layers(sampler, load_kernels())
 
     def measure(temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> float:
         columns = (torch.full((num_rows,), value) for value in (top_k, top_p, min_p))

@@ -11,7 +11,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from nanovllm.layers.cpu_layers import fuse_layers
+from nanovllm.layers.sampler import Sampler
 from nanovllm.utils.checkpoint import default_model
+from nanovllm.utils.cpu_build import load_kernels
 
 MODEL_TYPES = {
     "Qwen3ForCausalLM": "qwen3",
@@ -85,3 +88,12 @@ def tiny_text_model(smollm2: Path, checkpoint: CheckpointFactory, tmp_path_facto
             if source != smollm2 or "token" in file.name or file.suffix in (".jinja", ".txt"):
                 shutil.copy(file, folder)
     return folder
+
+
+@pytest.fixture(params=["plain", "C++"])
+def each_sampler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module's `sample` is the plain sampler, then the one of C++."""
+    if request.param == "C++":
+        sampler = Sampler()
+        fuse_layers(sampler, load_kernels())
+        monkeypatch.setattr(request.module, "sample", sampler)

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from conftest import CheckpointFactory
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.layers.sampler import Sampler
+from nanovllm.engine.executor import SingleRankExecutor
 
 TOLERANCE = 1e-4  # between logits in float32
 NUM_TOKENS = 64
@@ -141,36 +141,31 @@ def make_references(folder: Path) -> list[Completion]:
     return references
 
 
-def complete_with_ours(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, prompts: list[list[int]], params: SamplingParams, **config: Any
-) -> list[Completion]:
+def complete_with_ours(folder: Path, prompts: list[list[int]], params: SamplingParams, **config: Any) -> list[Completion]:
     """Our greedy completions of a batch, with the logits as the sampler saw them; all prompts stay in every batch."""
     steps: list[Tensor] = []
 
-    sample = Sampler.forward
+    def record(sampler: nn.Module, args: tuple[Tensor, ...]) -> None:
+        steps.append(args[0].float())
 
-    def record_and_sample(sampler: Sampler, logits: Tensor, *how: Any) -> Tensor:
-        steps.append(logits.float())
-        return sample(sampler, logits, *how)
-
-    monkeypatch.setattr(Sampler, "forward", record_and_sample)
     with LLM(folder, device="cpu", max_num_seqs=len(prompts), **config) as llm:
+        assert isinstance(llm.executor, SingleRankExecutor)
+        assert llm.executor._runner is not None
+        llm.executor._runner.sampler.register_forward_pre_hook(record)
         outputs = llm.generate(prompts, params, use_tqdm=False)
     logits = torch.stack(steps, dim=1)  # fails unless each step sampled every sequence
     return [Completion(p, o["token_ids"], rows) for p, o, rows in zip(prompts, outputs, logits, strict=True)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_tiny_models_give_transformers_logits_and_tokens(
-    case: Case, checkpoint: CheckpointFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tiny_models_give_transformers_logits_and_tokens(case: Case, checkpoint: CheckpointFactory) -> None:
     folder = checkpoint(f"{case.architecture}ForCausalLM", **case.options)
     references = make_references(folder)
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS)
     prompts = [reference.prompt for reference in references]
     config = {"dtype": "float32", "max_model_len": MAX_MODEL_LEN}
     for backend in ("torch_reference", "cpu"):
-        ours = complete_with_ours(monkeypatch, folder, prompts, params, attention_backend=backend, **config)
+        ours = complete_with_ours(folder, prompts, params, attention_backend=backend, **config)
         assert_equal(ours, references)
 
 
@@ -211,9 +206,7 @@ def test_real_model_gives_transformers_tokens(smollm2: Path) -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_16_bit_logits_are_close_to_those_of_float32(
-    dtype: str, architecture: str, checkpoint: CheckpointFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_16_bit_logits_are_close_to_those_of_float32(dtype: str, architecture: str, checkpoint: CheckpointFactory) -> None:
     # Rounding to the nearest is wrong by eps / sqrt(12) of the value, in the root mean square. A layer rounds seven
     # weights and about sixteen intermediate results, and there are two: sqrt(2 * 23) * eps / sqrt(12) is 2 eps in all,
     # where no attention is so sharp that it magnifies errors; hence weights that are not drawn so wide. Three times that
@@ -223,8 +216,8 @@ def test_16_bit_logits_are_close_to_those_of_float32(
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(320, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
     params = SamplingParams(temperature=0, max_tokens=8)
-    exact = complete_with_ours(monkeypatch, folder, prompts, params, dtype="float32")
-    rounded = complete_with_ours(monkeypatch, folder, prompts, params, dtype=dtype)
+    exact = complete_with_ours(folder, prompts, params, dtype="float32")
+    rounded = complete_with_ours(folder, prompts, params, dtype=dtype)
     for ours, reference in zip(rounded, exact, strict=True):
         # Up to the first token that differs, both continue the same text.
         same = [mine == theirs for mine, theirs in zip(ours.token_ids, reference.token_ids, strict=True)]

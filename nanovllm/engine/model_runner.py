@@ -85,6 +85,7 @@ class ModelRunner:
             self.model = get_model_class(model_config.architecture)(model_config, max_model_len, ranks)
         load_model(self.model, folder, self.backend, ranks)
         self.sampler = Sampler()
+        self.backend.fuse_layers(self.sampler)
         if self.device.type == "cuda" and not (config.enforce_eager or config.batch_invariant):
             compile_sampler(self.sampler)
         self.block_size = self.backend.spec.block_size

@@ -27,11 +27,13 @@ logger = logging.getLogger(__name__)
 PACKAGE = Path(__file__).parents[1]
 # Compiled as one, since most of the time goes into torch's headers.
 SOURCES = (
+    PACKAGE / "utils" / "cpu_blocks.h",
     PACKAGE / "utils" / "cpu_dtypes.h",
     PACKAGE / "utils" / "cpu_math.h",
     PACKAGE / "attention" / "cpu_paged_attention.cpp",
     PACKAGE / "layers" / "cpu_layers.cpp",
     PACKAGE / "layers" / "cpu_linear.cpp",
+    PACKAGE / "layers" / "cpu_sampler.cpp",
     PACKAGE / "models" / "cpu_decoder.cpp",
 )
 TIMEOUT = 600  # seconds for a build that usually takes 30

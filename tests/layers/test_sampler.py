@@ -14,6 +14,7 @@ from nanovllm.layers.sampler import Sampler
 from nanovllm.sampling_params import MAX_SEED
 
 sample = Sampler()
+pytestmark = pytest.mark.usefixtures("each_sampler")
 
 LARGEST_UNIFORM = 1 - 2.0**-24
 INF = math.inf

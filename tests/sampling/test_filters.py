@@ -12,6 +12,7 @@ from nanovllm.layers.random_numbers import uniform
 from nanovllm.layers.sampler import Filters, Sampler
 
 sample = Sampler()
+pytestmark = pytest.mark.usefixtures("each_sampler")
 
 SMALLEST, LARGEST = 0.0, 1 - 2.0**-24
 
@@ -84,7 +85,7 @@ def test_few_candidates_are_looked_at_when_few_suffice(monkeypatch: pytest.Monke
     logits = torch.randn(4, 50_000, generator=torch.Generator().manual_seed(0))
     logits[:, 77] = 20.0
     filters = Filters(torch.tensor([50, 50, 0, 0]), torch.tensor([0.95, 1, 0.95, 0.5]), torch.zeros(4))
-    sample(logits, torch.ones(4), torch.rand(4), filters)
+    Sampler()(logits, torch.ones(4), torch.rand(4), filters)
     assert set(counts) == {64}
 
 

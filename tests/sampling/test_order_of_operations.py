@@ -20,6 +20,7 @@ from nanovllm.layers.logits_processors import edit_logits
 from nanovllm.layers.sampler import Filters, Sampler
 
 sample = Sampler()
+pytestmark = pytest.mark.usefixtures("each_sampler")
 
 STOP = (3, 7)  # what ends a sequence, beside its own stop_token_ids
 INF = float("inf")

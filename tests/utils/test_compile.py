@@ -32,7 +32,13 @@ def test_compiles_once_for_all_batch_sizes(checkpoint: Callable[..., Path]) -> N
     compiler = CountingCompiler()
     tokens = []
     for is_compiled in (False, True):
-        options = {"dtype": "float32", "device": "cpu", "max_model_len": 100, "num_kvcache_blocks": 100}
+        options = {
+            "dtype": "float32",
+            "device": "cpu",
+            "attention_backend": "torch_reference",
+            "max_model_len": 100,
+            "num_kvcache_blocks": 100,
+        }
         llm = LLM(checkpoint(), **options)
         assert isinstance(llm.executor, SingleRankExecutor)
         assert llm.executor._runner is not None
