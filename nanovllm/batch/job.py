@@ -9,8 +9,8 @@ from typing import Any
 
 from nanovllm.batch.manifest import Manifest
 from nanovllm.batch.reader import survey
+from nanovllm.batch.requests import RowParser
 from nanovllm.batch.results import ResultFile
-from nanovllm.batch.rows import RowParser
 from nanovllm.batch.runner import BatchRun
 from nanovllm.batch.statistics import Statistics
 from nanovllm.config import EngineConfig

@@ -3,8 +3,9 @@
 from itertools import accumulate
 from typing import Any
 
+from nanovllm.batch.requests import BatchRequest
 from nanovllm.batch.results import ROW_ID
-from nanovllm.batch.rows import BadRow, BatchRequest
+from nanovllm.batch.rows import BadRow
 from nanovllm.outputs import CompletionOutput, PositionLogprobs, RequestOutput, TokenLogprob
 
 LONGEST_MESSAGE = 1000  # what is wrong in a row may be any number of characters

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from nanovllm.batch.reader import read_rows
+from nanovllm.batch.requests import BatchRequest, RowParser
 from nanovllm.batch.response import completions_of, error_line, result_line
 from nanovllm.batch.results import DoneRows, ResultFile, encode_line
-from nanovllm.batch.rows import BadRow, BatchRequest, Row, RowParser, open_row
+from nanovllm.batch.rows import BadRow, Row, open_row
 from nanovllm.batch.statistics import Statistics
 from nanovllm.engine.llm_engine import StepResult
 from nanovllm.engine.request_feed import Request

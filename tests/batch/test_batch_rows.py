@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from nanovllm import SamplingParams
 from nanovllm.batch.reader import InputRow
-from nanovllm.batch.rows import BadRow, BatchRequest, Row, RowParser, open_row
+from nanovllm.batch.requests import BatchRequest, RowParser
+from nanovllm.batch.rows import BadRow, Row, open_row
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 DEFAULTS = {"max_tokens": 100, "temperature": 0.5}
@@ -89,7 +90,7 @@ def test_seeds_are_functions_of_the_number() -> None:
 
 
 def test_rows_that_say_the_same_share_their_sampling_params(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nanovllm.batch.rows.MAX_OPTIONS", 3)
+    monkeypatch.setattr("nanovllm.batch.requests.MAX_OPTIONS", 3)
     parser = RowParser({"max_tokens": 3, "seed": 5}, {}, seed=3)
 
     def params_of(**body: Any) -> SamplingParams:
