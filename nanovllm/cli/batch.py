@@ -122,8 +122,8 @@ def _run_job(job: BatchJob, quiet: bool) -> tuple[Statistics, int | None]:
                 job.run(run)
             except (OSError, InputError) as error:
                 raise FailedError(
-                    f"{error}. {run.statistics.num_rows:,} rows were written to {job.options.output}; "
-                    f"the same command goes on with the others"
+                    f"{error}. Results that were written are whole, in {job.options.output}; "
+                    f"the same command goes on with the other rows"
                 ) from error
             finally:
                 progress.close(run.statistics)
