@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which torch does where it is built for GPUs
@@ -97,3 +97,17 @@ def each_sampler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         sampler = Sampler()
         fuse_layers(sampler, load_kernels())
         monkeypatch.setattr(request.module, "sample", sampler)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Let a test change the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[1, 3])
+def one_thread_and_three(request: pytest.FixtureRequest, threads: None) -> None:
+    """Run a test with so many threads."""
+    torch.set_num_threads(request.param)

@@ -4,7 +4,7 @@ CASES are the backends and dtypes for which this holds. Not among them: torch_re
 another order for a chunk than for a token. Triton's is in attention/test_triton.py.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -56,14 +56,6 @@ def test_preemption(make_llm: Callable[..., LLM], expected: Logits) -> None:
 # ---- the shape of a real model, contexts of several of the kernel's partitions, several threads ----
 
 LONG_PROMPTS = [Random(i).choices(range(320), k=length) for i, length in enumerate((15, 255, 543, 1))]
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Let a test change the number of threads."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 # With products that are worth dividing among threads; in bfloat16, oneDNN's with AMX are not promised to be the same.

@@ -5,7 +5,6 @@ is that of AVX-512, its few instructions emulated in plain C++.
 """
 
 import zlib
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,14 +38,6 @@ def builds() -> dict[str, Any]:
 @pytest.fixture(params=FLAGS)
 def kernels(request: pytest.FixtureRequest, builds: dict[str, Any]) -> Any:
     return builds[request.param]
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Let a test change the number of threads."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 class Sequences(NamedTuple):

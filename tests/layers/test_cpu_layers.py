@@ -1,6 +1,5 @@
 """The small layers in C++ against the plain ones, for the machine's instruction set and for none in particular."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,14 +24,6 @@ def kernels(request: pytest.FixtureRequest) -> Any:
     return load_library(FLAGS[request.param])
 
 
-@pytest.fixture(params=[1, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
 def make_norm(size: int, dtype: torch.dtype, kernels: Any = None) -> RMSNorm:
     norm = RMSNorm(size, 1e-5).to(dtype).requires_grad_(False)
     norm.weight.copy_(randn(size, dtype=dtype, seed=1))
@@ -53,7 +44,7 @@ def assert_near(result: Tensor, plain: Tensor, ulps: int) -> None:
     torch.testing.assert_close(result, plain, rtol=ulps * eps, atol=1e-30 if plain.dtype != torch.float16 else 1e-7)
 
 
-@pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("one_thread_and_three")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @torch.inference_mode()
 def test_norms(kernels: Any, dtype: torch.dtype) -> None:
@@ -83,7 +74,7 @@ def test_norms_of_extremes(kernels: Any) -> None:
     assert norm(x).isnan().all(dim=1).tolist() == [False, True, False]
 
 
-@pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("one_thread_and_three")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @torch.inference_mode()
 def test_silu_and_mul(kernels: Any, dtype: torch.dtype) -> None:
@@ -107,7 +98,7 @@ def test_silu_over_its_range(kernels: Any, dtype: torch.dtype) -> None:
     torch.testing.assert_close(result[:, 0].double(), exact, rtol=eps, atol=tiny, equal_nan=True)
 
 
-@pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("one_thread_and_three")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @torch.inference_mode()
 def test_rotation_is_the_plain_one_bit_for_bit(kernels: Any, dtype: torch.dtype) -> None:

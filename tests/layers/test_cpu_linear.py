@@ -3,7 +3,7 @@
 import gc
 import shutil
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,6 @@ NUM_ROWS = [0, 1, 2, 5, 6, 7, 12, 13, 24, 31, 192, 193, 400]  # tiles of any hei
 @pytest.fixture(scope="module", params=FLAGS)
 def kernels(request: pytest.FixtureRequest) -> Any:
     return load_library(FLAGS[request.param])
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Let a test change the number of threads."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

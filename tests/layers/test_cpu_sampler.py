@@ -1,6 +1,5 @@
 """The sampler in C++: the tokens that the numbers pick, as exactly as float32 can tell, whatever rows are beside them."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,14 +20,6 @@ def sampler(request: pytest.FixtureRequest) -> Sampler:
     result = Sampler()
     fuse_layers(result, load_library(FLAGS[request.param]))
     return result
-
-
-@pytest.fixture(params=[1, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
 
 
 def draw(num_rows: int, vocab_size: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,7 +56,7 @@ def assert_picked(
     assert torch.equal(tokens[~sampled], logits.float().argmax(-1)[~sampled])
 
 
-@pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("one_thread_and_three")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_the_numbers_pick(sampler: Sampler, dtype: torch.dtype) -> None:
     for seed, vocab_size in enumerate(VOCAB_SIZES):
@@ -99,7 +90,7 @@ def test_filters(sampler: Sampler, vocab_size: int, dtype: torch.dtype) -> None:
     assert (tokens == plain).float().mean() > 0.9
 
 
-@pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("one_thread_and_three")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_does_not_depend_on_the_others(sampler: Sampler, dtype: torch.dtype) -> None:
     logits, temperatures, uniforms = draw(64, 500, dtype, seed=3)
