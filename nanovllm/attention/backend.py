@@ -57,7 +57,7 @@ class AttentionBackend(ABC):
         """Why this backend cannot serve `spec` on this machine, or None when it can."""
 
     def fuse_layers(self, model: nn.Module) -> None:
-        """Let layers of `model`, changed in place, run as kernels where this backend runs, if it has some."""
+        """Let layers of `model`, or a sampler, changed in place, run as kernels where this backend runs, if it has some."""
         return
 
     @abstractmethod

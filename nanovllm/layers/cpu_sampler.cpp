@@ -222,7 +222,9 @@ class Row {
       for (const Candidate& one : found) total += weight(one.logit, choice);
       keep_candidates(choice, total);
     } else {
-      const double total = sum_groups({choice.temperature, choice.uniform, 0, 1.0f, 0.0f});
+      Choice among_all = choice;
+      among_all.min_p = 0.0f;  // top_p is of all tokens' probabilities
+      const double total = sum_groups(among_all);
       for (int64_t n = FIRST;; n *= MORE) {
         const bool are_all = find_candidates(n);
         if (!keep_candidates(choice, total) || are_all) break;

@@ -84,9 +84,7 @@ def tokenize(
     return [
         one
         if isinstance(one, Refusal)
-        else _check_encoded(name, encoded[index], vocab_size)
-        if isinstance(one, str)
-        else _check_given(name, one, vocab_size)
+        else _check_range(name, encoded[index] if isinstance(one, str) else one, vocab_size, is_given=index not in encoded)
         for index, (one, name) in enumerate(zip(checked, names, strict=True))
     ]
 
@@ -111,18 +109,13 @@ def _check_types(name: str, prompt: object, *, has_tokenizer: bool) -> str | lis
     return [int(token) for token in prompt]  # such as numpy's
 
 
-def _check_given(name: str, token_ids: list[int], vocab_size: int) -> list[int] | Refusal:
-    if token_ids and min(token_ids) < 0:
-        return ValueError(f"{name} has token {min(token_ids)}; the vocabulary is 0 to {vocab_size - 1}")
-    return _check_encoded(name, token_ids, vocab_size)
-
-
-def _check_encoded(name: str, token_ids: list[int], vocab_size: int) -> list[int] | Refusal:
-    """What a tokenizer made has no negative tokens; but it may have more tokens than the model."""
+def _check_range(name: str, token_ids: list[int], vocab_size: int, *, is_given: bool) -> list[int] | Refusal:
+    """A tokenizer makes no negative tokens; but it may have more tokens than the model."""
     if not token_ids:
         return ValueError(f"{name} is empty: it needs at least one token")
-    if max(token_ids) >= vocab_size:
-        return ValueError(f"{name} has token {max(token_ids)}; the vocabulary is 0 to {vocab_size - 1}")
+    if max(token_ids) >= vocab_size or (is_given and min(token_ids) < 0):
+        wrong = next(token for token in token_ids if not 0 <= token < vocab_size)
+        return ValueError(f"{name} has token {wrong}; the vocabulary is 0 to {vocab_size - 1}")
     return token_ids
 
 
