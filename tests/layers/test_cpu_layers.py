@@ -4,16 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from layer_parity import check_norms, norm_ulps, randn
+from layer_parity import FLAGS, check_norms, norm_ulps, randn
 from torch import Tensor, nn
 
 from nanovllm.layers.activation import SiluAndMul
 from nanovllm.layers.cpu_layers import fuse_layers
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.rotary_embedding import RopeConfig, RotaryEmbedding
-from nanovllm.utils.cpu_build import load_library, machine_flags
+from nanovllm.utils.cpu_build import load_library
 
-FLAGS = {"native": machine_flags(), "baseline": [flag for flag in machine_flags() if flag == "-fopenmp"]}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [2, 14, 16, 34, 576, 1000]  # of less than a vector, of whole ones, of some and a rest
 NUM_ROWS = [0, 1, 7, 100]

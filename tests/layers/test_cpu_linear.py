@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from layer_parity import FLAGS
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -16,10 +17,9 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.layers.cpu_linear import use_packed_weights
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear
-from nanovllm.utils.cpu_build import load_library, machine_flags
+from nanovllm.utils.cpu_build import load_library
 from nanovllm.utils.ranks import Ranks
 
-FLAGS = {"native": machine_flags(), "baseline": [flag for flag in machine_flags() if flag == "-fopenmp"]}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (input_size, output_size): less than a panel, whole panels, some and a rest; one depth, two, some and a rest.
 SHAPES = [(1, 1), (3, 16), (300, 50), (256, 64), (576, 33), (1030, 96)]

@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from layer_parity import FLAGS
 from torch import Tensor
 
 from nanovllm.layers.cpu_layers import fuse_layers
 from nanovllm.layers.sampler import Filters, Sampler
-from nanovllm.utils.cpu_build import load_library, machine_flags
+from nanovllm.utils.cpu_build import load_library
 
-FLAGS = {"native": machine_flags(), "baseline": [flag for flag in machine_flags() if flag == "-fopenmp"]}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 VOCAB_SIZES = [1, 2, 31, 127, 128, 129, 1000, 50_257]
 
