@@ -6,10 +6,6 @@ import torch
 from torch import Tensor
 
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.utils.cpu_build import machine_flags
-
-# Builds of the CPU kernels: for the machine's instruction set and for none in particular.
-FLAGS = {"native": machine_flags(), "baseline": [flag for flag in machine_flags() if flag == "-fopenmp"]}
 
 
 def randn(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:

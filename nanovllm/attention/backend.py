@@ -45,7 +45,7 @@ class AttentionBackend(ABC):
     # In a CUDA graph: nothing looks at a tensor's values on the host.
     CAN_CAPTURE_DECODES: ClassVar[bool] = False
     CAN_CAPTURE_CHUNKS: ClassVar[bool] = False  # queries of any length, in a batch whose shape says only how long at most
-    HAS_PRODUCTS: ClassVar[bool] = False  # its library multiplies float32 weights too
+    HAS_PRODUCTS: ClassVar[bool] = False  # its library multiplies weights too
 
     def __init__(self, spec: AttentionSpec) -> None:
         self.spec = spec

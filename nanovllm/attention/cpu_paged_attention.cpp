@@ -7,8 +7,7 @@
 // Cache of one layer: [block, KV head, tile of 16 tokens, K then V], where STEP is 1, and 2 for the bf16 dot product:
 //     K of a tile: [head_dim / STEP, 16 tokens, STEP]     a step is multiplied with a query's dimension(s),
 //     V of a tile: [16 tokens / STEP, head_dim, STEP]     ... with a probability, or two:
-// so both products of attention are the same loop: load a line (16 * STEP values), multiply it with one broadcast operand
-// of each row, add to the row's 16 sums in registers. What is special to an instruction set is in the two Formats below.
+// so both products of attention are the same loop, over the lines of cpu_formats.h.
 //
 // Softmax. Each partition is reduced on its own to (maximum, sum, weighted V), and the results are merged from the first
 // partition to the last (online softmax: Milakov and Gimelshein 2018; partitions: Dao et al. 2023, "Flash-Decoding").
@@ -34,17 +33,14 @@
 #include <type_traits>
 #include <vector>
 
+#include "../utils/cpu_formats.h"
 #include "../utils/cpu_math.h"
-
-#if defined(__AVX512BF16__) && !defined(NANOVLLM_BF16_DOT)
-#define NANOVLLM_BF16_DOT  // the tests define it together with an emulation of the instructions
-#endif
 
 namespace {
 
 using Vec = at::vec::Vectorized<float>;
 
-constexpr int64_t TILE = 16;           // tokens in a tile of K and V, and sums in a line
+constexpr int64_t TILE = LINE;         // tokens in a tile of K and V
 constexpr int64_t PARTITION = 256;     // tokens that are reduced on their own; a change changes results by rounding
 constexpr int64_t MAX_TILES = PARTITION / TILE;
 constexpr int64_t ROWS_PER_TASK = 48;  // a multiple of every tile's rows
@@ -57,92 +53,13 @@ constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
 
 #define NO_INLINE __attribute__((noinline))  // a function of its own for the inner loops: all registers are theirs
 
-// ---- formats: how the inner loop multiplies ----
-
-// Any dtype by vectors of float32: 16-bit values are converted when they are loaded.
-template <typename scalar_t>
-struct FloatFormat {
-  using Scalar = scalar_t;                // in the cache
-  using Operand = float;                  // of a row, for one step
-  static constexpr int64_t STEP = 1;
-  static constexpr int VECS = TILE / Vec::size();
-  static constexpr bool WIDE = Vec::size() >= 16;
-  static constexpr int ROWS = WIDE ? 12 : 6;  // ROWS * LINES lines of sums fit the registers: 32 of AVX-512, 16 of AVX2
-  static constexpr int LINES = WIDE ? 2 : 1;
-  struct Line {
-    Vec vecs[VECS];
-  };
-  using Sums = Line;
-
-  static ALWAYS_INLINE Line load(const Scalar* source) {
-    Line line;
-#pragma GCC unroll 4
-    for (int i = 0; i < VECS; ++i) {
-      if constexpr (std::is_same_v<Scalar, float>) {
-        line.vecs[i] = Vec::loadu(source + i * Vec::size());
-      } else {
-        at::vec::load_to_float<Scalar>(source + i * Vec::size(), line.vecs[i]);
-      }
-    }
-    return line;
-  }
-  static ALWAYS_INLINE Sums zero() {
-    Sums sums;
-#pragma GCC unroll 4
-    for (int i = 0; i < VECS; ++i) sums.vecs[i] = Vec(0.0f);
-    return sums;
-  }
-  static ALWAYS_INLINE Vec broadcast(const Operand* operand) { return Vec(*operand); }
-  static ALWAYS_INLINE void multiply_add(Sums& sums, const Vec& operand, const Line& line) {
-#pragma GCC unroll 4
-    for (int i = 0; i < VECS; ++i) sums.vecs[i] = at::vec::fmadd(operand, line.vecs[i], sums.vecs[i]);
-  }
-  static ALWAYS_INLINE void store(float* target, const Sums& sums) {
-#pragma GCC unroll 4
-    for (int i = 0; i < VECS; ++i) sums.vecs[i].store(target + i * Vec::size());
-  }
-  // 16 values as operands.
-  template <typename T>
-  static ALWAYS_INLINE void pack(const T* values, Operand* operands) {
-    for (int64_t i = 0; i < TILE; ++i) operands[i] = static_cast<float>(values[i]);
-  }
-};
-
-#ifdef NANOVLLM_BF16_DOT
-// bfloat16 by the AVX-512 instruction that multiplies pairs of bf16 values and adds both products to a float32.
-struct Bf16DotFormat {
-  using Scalar = at::BFloat16;
-  using Operand = uint32_t;  // a pair
-  static constexpr int64_t STEP = 2;
-  static constexpr int ROWS = 12;
-  static constexpr int LINES = 2;
-  using Line = __m512i;
-  using Sums = __m512;
-
-  static ALWAYS_INLINE Line load(const Scalar* source) { return _mm512_loadu_si512(source); }
-  static ALWAYS_INLINE Sums zero() { return _mm512_setzero_ps(); }
-  static ALWAYS_INLINE Line broadcast(const Operand* operand) { return _mm512_set1_epi32(static_cast<int>(*operand)); }
-  static ALWAYS_INLINE void multiply_add(Sums& sums, const Line& operand, const Line& line) {
-    sums = _mm512_dpbf16_ps(sums, (__m512bh)operand, (__m512bh)line);
-  }
-  static ALWAYS_INLINE void store(float* target, const Sums& sums) { _mm512_storeu_ps(target, sums); }
-  static ALWAYS_INLINE void pack(const float* values, Operand* operands) {
-    const auto packed = _mm512_cvtneps_pbh(_mm512_loadu_ps(values));  // rounded to nearest even
-    std::memcpy(operands, &packed, TILE * sizeof(Scalar));
-  }
-  static ALWAYS_INLINE void pack(const Scalar* values, Operand* operands) {
-    std::memcpy(operands, values, TILE * sizeof(Scalar));
-  }
-};
-#endif
-
 // ---- the two products, for a tile of ROWS rows ----
 
-// sums[row][line] += operands[row][s] * lines[line][s] for each step s. AHEAD: fetch the same lines of V and of the tiles
+// sums[row][line] += values[row][s] * lines[line][s] for each step s. AHEAD: fetch the same lines of V and of the tiles
 // `ahead` meanwhile: decodes are bound by memory. Full tiles of rows, of which there are usually several, are not.
 template <class F, int64_t STRIDE, bool AHEAD, int ROWS, int LINES>
 ALWAYS_INLINE void accumulate(
-    typename F::Sums (&sums)[ROWS][LINES], const typename F::Operand* operands,
+    typename F::Sums (&sums)[ROWS][LINES], const typename F::Value* values,
     const typename F::Scalar* const (&lines)[LINES], int64_t line_stride, int64_t steps,
     const typename F::Scalar* const (&ahead)[LINES]) {
   for (int64_t step = 0; step < steps; ++step) {
@@ -157,7 +74,7 @@ ALWAYS_INLINE void accumulate(
     }
 #pragma GCC unroll 12
     for (int r = 0; r < ROWS; ++r) {
-      const auto operand = F::broadcast(operands + r * (STRIDE / F::STEP) + step);
+      const auto operand = F::broadcast(values + r * STRIDE + step * F::STEP);
 #pragma GCC unroll 2
       for (int l = 0; l < LINES; ++l) F::multiply_add(sums[r][l], operand, line[l]);
     }
@@ -191,7 +108,7 @@ struct Partition {
 
 template <class F, int ROWS, int LINES>
 ALWAYS_INLINE void score_tiles(
-    const typename F::Operand* q, const Partition<F>& kv, int64_t tile, int64_t head_dim, float* scores) {
+    const typename F::Value* q, const Partition<F>& kv, int64_t tile, int64_t head_dim, float* scores) {
   const typename F::Scalar *lines[LINES], *ahead[LINES];
   for (int l = 0; l < LINES; ++l) {
     lines[l] = kv.tiles[tile + l];
@@ -204,9 +121,9 @@ ALWAYS_INLINE void score_tiles(
   put<F, ROWS, LINES>(sums, scores + tile * TILE, SCORE_STRIDE);
 }
 
-// scores[row][token] = q[row] . k[token] for the first num_tiles tiles. q: [ROWS][QUERY_STRIDE / STEP].
+// scores[row][token] = q[row] . k[token] for the first num_tiles tiles. q: [ROWS][QUERY_STRIDE].
 template <class F, int ROWS>
-NO_INLINE void score(const typename F::Operand* q, const Partition<F>& kv, int64_t num_tiles, int64_t head_dim, float* scores) {
+NO_INLINE void score(const typename F::Value* q, const Partition<F>& kv, int64_t num_tiles, int64_t head_dim, float* scores) {
   int64_t tile = 0;
   for (; tile + F::LINES <= num_tiles; tile += F::LINES) {
     score_tiles<F, ROWS, F::LINES>(q, kv, tile, head_dim, scores);
@@ -216,21 +133,21 @@ NO_INLINE void score(const typename F::Operand* q, const Partition<F>& kv, int64
 
 template <class F, int ROWS, int LINES>
 ALWAYS_INLINE void weigh_lines(
-    const typename F::Operand* p, const Partition<F>& kv, int64_t num_tiles, int64_t dim, int64_t head_dim, float* out) {
+    const typename F::Value* p, const Partition<F>& kv, int64_t num_tiles, int64_t dim, int64_t head_dim, float* out) {
   typename F::Sums sums[ROWS][LINES];
   clear<F, ROWS, LINES>(sums);
   for (int64_t tile = 0; tile < num_tiles; ++tile) {
     const typename F::Scalar* lines[LINES];
     for (int l = 0; l < LINES; ++l) lines[l] = kv.tiles[tile] + TILE * head_dim + (dim + l * TILE) * F::STEP;
     constexpr int64_t STEPS = TILE / F::STEP;
-    accumulate<F, SCORE_STRIDE, false>(sums, p + tile * STEPS, lines, head_dim * F::STEP, STEPS, lines);
+    accumulate<F, SCORE_STRIDE, false>(sums, p + tile * TILE, lines, head_dim * F::STEP, STEPS, lines);
   }
   put<F, ROWS, LINES>(sums, out + dim, head_dim);
 }
 
-// out[row] = sum of p[row][token] * v[token] over the first num_tiles tiles. p: [ROWS][SCORE_STRIDE / STEP].
+// out[row] = sum of p[row][token] * v[token] over the first num_tiles tiles. p: [ROWS][SCORE_STRIDE].
 template <class F, int ROWS>
-NO_INLINE void weigh(const typename F::Operand* p, const Partition<F>& kv, int64_t num_tiles, int64_t head_dim, float* out) {
+NO_INLINE void weigh(const typename F::Value* p, const Partition<F>& kv, int64_t num_tiles, int64_t head_dim, float* out) {
   int64_t dim = 0;
   for (; dim + F::LINES * TILE <= head_dim; dim += F::LINES * TILE) {
     weigh_lines<F, ROWS, F::LINES>(p, kv, num_tiles, dim, head_dim, out);
@@ -270,14 +187,14 @@ struct Lanes {
   }
 };
 
-// Turn the scores of one row into probabilities as operands of `weigh`. The first num_valid columns count, the others up
+// Turn the scores of one row into probabilities as the values of `weigh`. The first num_valid columns count, the others up
 // to a full tile become 0 whatever they hold.
 template <class F>
-NO_INLINE Reduced softmax(float* scores, int64_t num_valid, int64_t num_columns, float scale, typename F::Operand* p) {
+NO_INLINE Reduced softmax(float* scores, int64_t num_valid, int64_t num_columns, float scale, typename F::Value* p) {
   num_valid = std::clamp<int64_t>(num_valid, 0, num_columns);
   std::fill(scores + num_valid, scores + num_columns, MINUS_INFINITY);
   if (num_valid == 0) {
-    std::fill(p, p + num_columns / F::STEP, typename F::Operand(0));
+    std::fill(p, p + num_columns, typename F::Value(0.0f));
     return {};
   }
   Lanes maxima(MINUS_INFINITY);
@@ -292,7 +209,7 @@ NO_INLINE Reduced softmax(float* scores, int64_t num_valid, int64_t num_columns,
       values[i] = exp_nonpositive(fused_multiply_add(scores[first + i], scale, -maximum));
     }
     sums.take(values, [](Vec a, Vec b) { return a + b; });
-    F::pack(values, p + first / F::STEP);
+    F::pack(values, p + first);
   }
   return {maximum, sums.fold([](float a, float b) { return a + b; })};
 }
@@ -371,12 +288,12 @@ template <class F>
 class Worker {
  public:
   using Scalar = typename F::Scalar;
-  using Operand = typename F::Operand;
+  using Value = typename F::Value;
 
   Worker(const Batch<F>& batch, Reduced* partials, float* partial_outs)
       : batch_(batch), partials_(partials), partial_outs_(partial_outs), head_dim_(batch.shape.head_dim),
-        q_(ROWS_PER_TASK * QUERY_STRIDE / F::STEP), totals_(ROWS_PER_TASK * head_dim_), out_(F::ROWS * head_dim_),
-        scores_(F::ROWS * SCORE_STRIDE), p_(F::ROWS * SCORE_STRIDE / F::STEP), last_tile_(batch.shape.tile_size()) {}
+        q_(ROWS_PER_TASK * QUERY_STRIDE), totals_(ROWS_PER_TASK * head_dim_), out_(F::ROWS * head_dim_),
+        scores_(F::ROWS * SCORE_STRIDE), p_(F::ROWS * SCORE_STRIDE), last_tile_(batch.shape.tile_size()) {}
 
   void run(const Task& task, const Scalar* next_task) {
     load_queries(task);
@@ -398,7 +315,7 @@ class Worker {
     for (int64_t i = 0; i < task.num_rows; ++i) {
       const int64_t row = task.first_row + i;
       const Scalar* q = batch_.q + batch_.token(task, row) * batch_.q_stride + batch_.head_offset(task, row);
-      for (int64_t d = 0; d < head_dim_; d += TILE) F::pack(q + d, &q_[(i * QUERY_STRIDE + d) / F::STEP]);
+      for (int64_t d = 0; d < head_dim_; d += TILE) F::pack(q + d, &q_[i * QUERY_STRIDE + d]);
     }
   }
 
@@ -436,7 +353,7 @@ class Worker {
     if (num_tiles > 0) compute(row, num_rows, num_tiles, [&](int64_t i) {
       const int64_t num_valid = batch_.visible(task.seq, task.first_row + row + i) - begin;
       parts[i] = softmax<F>(
-          &scores_[i * SCORE_STRIDE], num_valid, num_tiles * TILE, batch_.scale, &p_[i * SCORE_STRIDE / F::STEP]);
+          &scores_[i * SCORE_STRIDE], num_valid, num_tiles * TILE, batch_.scale, &p_[i * SCORE_STRIDE]);
     });
     for (int64_t i = 0; i < num_rows; ++i) {
       const float* out = &out_[i * head_dim_];
@@ -454,7 +371,7 @@ class Worker {
   template <class Softmax>
   void compute(int64_t row, int64_t num_rows, int64_t num_tiles, const Softmax& softmax_of) {
     const auto with_rows = [&]<int ROWS>() {
-      const Operand* q = &q_[row * QUERY_STRIDE / F::STEP];
+      const Value* q = &q_[row * QUERY_STRIDE];
       score<F, ROWS>(q, kv_, num_tiles, head_dim_, scores_.data());
       for (int64_t i = 0; i < num_rows; ++i) softmax_of(i);
       weigh<F, ROWS>(p_.data(), kv_, num_tiles, head_dim_, out_.data());
@@ -476,11 +393,11 @@ class Worker {
   const int64_t head_dim_;
   Partition<F> kv_;
   Reduced reduced_[ROWS_PER_TASK];
-  std::vector<Operand> q_;         // [ROWS_PER_TASK, QUERY_STRIDE / STEP]
+  std::vector<Value> q_;         // [ROWS_PER_TASK, QUERY_STRIDE]
   std::vector<float> totals_;      // [ROWS_PER_TASK, head_dim]
   std::vector<float> out_;         // [ROWS, head_dim]: of the partition
   std::vector<float> scores_;      // [ROWS, SCORE_STRIDE]
-  std::vector<Operand> p_;         // [ROWS, SCORE_STRIDE / STEP]
+  std::vector<Value> p_;         // [ROWS, SCORE_STRIDE]
   std::vector<Scalar> last_tile_;  // a tile without what was never written
 };
 

@@ -5,10 +5,11 @@ from pathlib import Path
 import torch
 
 from nanovllm.attention.backend import AttentionBackend
-from nanovllm.layers.cpu_linear import use_packed_weights
+from nanovllm.layers.cpu_linear import is_fastest, use_packed_weights
 from nanovllm.layers.fixed_rows import fix_rows
 from nanovllm.layers.packed_weight import pack_weights
 from nanovllm.utils.cpu_build import load_kernels
+from nanovllm.utils.device import cpu_flags
 from nanovllm.utils.loader import CheckpointModule, load_weights, materialize, stored_matrix_dtype
 from nanovllm.utils.ranks import Ranks
 
@@ -26,10 +27,11 @@ def load_model(model: CheckpointModule, folder: Path, backend: AttentionBackend,
         As `load_weights`.
     """
     spec = backend.spec
-    if backend.HAS_PRODUCTS and spec.dtype == torch.float32:
-        materialize(model, spec.dtype, spec.device, stored_matrix_dtype(folder))
+    if backend.HAS_PRODUCTS and is_fastest(spec.dtype, cpu_flags()):
+        matrix_dtype = stored_matrix_dtype(folder) if spec.dtype == torch.float32 else spec.dtype
+        materialize(model, spec.dtype, spec.device, matrix_dtype)
         load_weights(model, folder, ranks)
-        use_packed_weights(model, load_kernels())
+        use_packed_weights(model, load_kernels(), spec.dtype)
     else:
         materialize(model, spec.dtype, spec.device)
         load_weights(model, folder, ranks)

@@ -1,24 +1,38 @@
-"""Products in float32 on a CPU: the kernels of cpu_linear.cpp, which explains them.
+"""Products on a CPU: the kernels of cpu_linear.cpp, which explains them.
 
-Weights and tables stay in the checkpoint's dtype, in the kernels' layout, and are widened as they are used: what comes out
-is what float32 weights would give. One layout serves products and look-ups, so that a tied table is there once.
+Weights and tables keep their dtype, in the kernels' layout: where they are narrower than what a model runs in, or the CPU
+cannot multiply them, they are widened as they are used, and what comes out is what float32 weights would give. One layout
+serves products and look-ups, so that a tied table is there once.
 """
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.linear import ParallelLinear
+from nanovllm.utils.device import PRODUCT_FLAGS
 from nanovllm.utils.methods import replace_methods
 
 
-def use_packed_weights(model: nn.Module, kernels: Any) -> None:
-    """Let the linear layers, tables and heads of `model` run as C++ that takes float32 and gives float32.
+def is_fastest(dtype: torch.dtype, flags: set[str]) -> bool:
+    """Whether torch's libraries have no faster products of `dtype`, by instructions that these kernels do not use.
+
+    Args:
+        dtype: of the model.
+        flags: the CPU's, see `cpu_flags`.
+    """
+    return not (PRODUCT_FLAGS.get(dtype, set()) - {"avx512_bf16"}) & flags
+
+
+def use_packed_weights(model: nn.Module, kernels: Any, dtype: torch.dtype) -> None:
+    """Let the linear layers, tables and heads of `model` run as C++ that takes and gives `dtype`.
 
     Args:
         model: changed in place; other models are not. Its weights are on the CPU, in any dtype; they are used up.
         kernels: what `load_kernels` returns.
+        dtype: float32, bfloat16 or float16.
     """
     owners: dict[nn.Parameter, list[nn.Module]] = {}
     for layer in model.modules():
@@ -26,7 +40,7 @@ def use_packed_weights(model: nn.Module, kernels: Any) -> None:
             owners.setdefault(layer.weight, []).append(layer)
     while owners:
         weight, layers = owners.popitem()
-        packed = nn.Parameter(kernels.pack_weight_(weight), requires_grad=False)
+        packed = nn.Parameter(kernels.pack_weight_(weight, dtype), requires_grad=False)
         for layer in layers:
             layer.weight = packed
 
@@ -34,7 +48,7 @@ def use_packed_weights(model: nn.Module, kernels: Any) -> None:
         return kernels.linear(x, self.weight, bias, self.output_size)
 
     def look_up(self: VocabParallelEmbedding, token_ids: Tensor) -> Tensor:
-        return kernels.look_up(token_ids, self.weight)
+        return kernels.look_up(token_ids, self.weight, dtype)
 
     replace_methods(model, ParallelLinear, multiply=multiply)
     replace_methods(model, VocabParallelEmbedding, look_up=look_up)

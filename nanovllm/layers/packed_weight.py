@@ -1,4 +1,4 @@
-"""Weights of linear layers in the layout that oneDNN multiplies fastest on this CPU: see cpu_linear.py for float32.
+"""Weights of linear layers in the layout that oneDNN multiplies fastest on this CPU, where cpu_linear.py is not used.
 
 `F.linear` brings a weight into that layout at every call. Packed once, the product is up to twice as fast for the few rows
 of a decode step, and each row's result is the same, bit for bit, whatever the number of rows (plain float32 products of 1
@@ -57,7 +57,7 @@ def treats_rows_alike(weight: Tensor, flags: set[str]) -> bool:
         weight: packed or not.
         flags: the CPU's, see `cpu_flags`. With AMX, logits in bfloat16 were seen to depend on batch or threads.
     """
-    in_our_layout = weight.dim() == 3  # of cpu_linear.cpp
+    in_our_layout = weight.dim() == 4  # of cpu_linear.cpp
     return in_our_layout or (weight.is_mkldnn and not (weight.dtype == torch.bfloat16 and "amx_bf16" in flags))
 
 

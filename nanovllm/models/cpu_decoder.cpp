@@ -42,7 +42,7 @@ struct Step {  // see AttentionMetadata in context.py
 
 // x [num_tokens, input_size] times a weight: packed by cpu_linear.cpp, by oneDNN, or not.
 Tensor multiply(const Tensor& x, const Tensor& weight, const Optional& bias, int64_t output_size) {
-  if (weight.dim() == 3) return linear::product(x, weight, bias, output_size);
+  if (weight.dim() == 4) return linear::product(x, weight, bias, output_size);
   if (!weight.is_mkldnn()) return at::linear(x, weight, bias);
   using Operands = c10::List<std::optional<at::Scalar>>;
   using Product = Tensor(
@@ -52,8 +52,10 @@ Tensor multiply(const Tensor& x, const Tensor& weight, const Optional& bias, int
   return product.call(x, weight, bias, "none", Operands(), "");
 }
 
+int64_t input_size(const Tensor& weight) { return weight.dim() == 4 ? weight.size(1) * weight.size(3) : weight.size(1); }
+
 Tensor self_attention(const Tensor& x, const Layer& layer, const Tensor& cache, const Step& step) {
-  const int64_t num_tokens = x.size(0), q_size = layer.o.size(1), head_dim = step.cos_sin.size(2);
+  const int64_t num_tokens = x.size(0), q_size = input_size(layer.o), head_dim = step.cos_sin.size(2);
   const int64_t num_heads = q_size / head_dim, num_kv_heads = cache.size(1), all_heads = num_heads + 2 * num_kv_heads;
   const Tensor heads =
       multiply(x, layer.qkv, layer.qkv_bias, all_heads * head_dim).view({num_tokens, all_heads, head_dim});
@@ -71,7 +73,7 @@ Tensor self_attention(const Tensor& x, const Layer& layer, const Tensor& cache, 
 }
 
 Tensor mlp(const Tensor& x, const Layer& layer) {
-  const Tensor gate_up = multiply(x, layer.gate_up, layer.gate_up_bias, 2 * layer.down.size(1));
+  const Tensor gate_up = multiply(x, layer.gate_up, layer.gate_up_bias, 2 * input_size(layer.down));
   return multiply(layers::silu_and_mul(gate_up), layer.down, layer.down_bias, x.size(1));
 }
 

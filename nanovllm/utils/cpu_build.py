@@ -29,6 +29,7 @@ PACKAGE = Path(__file__).parents[1]
 SOURCES = (
     PACKAGE / "utils" / "cpu_blocks.h",
     PACKAGE / "utils" / "cpu_dtypes.h",
+    PACKAGE / "utils" / "cpu_formats.h",
     PACKAGE / "utils" / "cpu_math.h",
     PACKAGE / "attention" / "cpu_paged_attention.cpp",
     PACKAGE / "layers" / "cpu_layers.cpp",

@@ -4,7 +4,8 @@
 #include <bit>
 #include <cstdint>
 
-#define ALWAYS_INLINE inline __attribute__((always_inline))
+#define INLINED __attribute__((always_inline))  // behind the parameters of a lambda
+#define ALWAYS_INLINE inline INLINED
 
 namespace {
 

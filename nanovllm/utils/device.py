@@ -11,7 +11,7 @@ from nanovllm.config import DTYPES
 logger = logging.getLogger(__name__)
 
 # What /proc/cpuinfo calls the instructions that make a 16-bit dtype worth its while, on x86 and on Arm.
-_CPU_FLAGS = {torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16"}, torch.float16: {"avx512_fp16", "asimdhp"}}
+PRODUCT_FLAGS = {torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16"}, torch.float16: {"avx512_fp16", "asimdhp"}}
 
 
 def choose_device(name: str) -> torch.device:
@@ -39,7 +39,7 @@ def choose_dtype(requested: str | torch.dtype, checkpoint: torch.dtype, device: 
         return requested
     if requested != "auto":
         return DTYPES[requested]
-    if device.type == "cpu" and checkpoint in _CPU_FLAGS and not _CPU_FLAGS[checkpoint] & cpu_flags():
+    if device.type == "cpu" and checkpoint in PRODUCT_FLAGS and not PRODUCT_FLAGS[checkpoint] & cpu_flags():
         logger.warning("this CPU has no instructions for %s: dtype='auto' becomes float32", checkpoint)
         return torch.float32
     return checkpoint

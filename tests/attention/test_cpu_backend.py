@@ -1,30 +1,23 @@
 """The CPU kernel against the plain backend, and against itself: a row is the same, bit for bit, in any batch.
 
-Each test runs on three builds: the one for this machine; one for no instruction set in particular; and one whose bf16 path
-is that of AVX-512, its few instructions emulated in plain C++.
+Each test runs on all builds of cpu_builds.py.
 """
 
-import zlib
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from cpu_builds import EMULATED, FLAGS
 from torch import Tensor
 
 from nanovllm.attention.backend import AttentionSpec
 from nanovllm.attention.cpu import CPUBackend
 from nanovllm.attention.torch_reference import TorchReferenceBackend
 from nanovllm.utils.context import AttentionMetadata
-from nanovllm.utils.cpu_build import load_library, machine_flags
+from nanovllm.utils.cpu_build import load_library
 
-EMULATION = Path(__file__).with_name("emulated_avx512.h")
-FLAGS = {
-    "native": machine_flags(),
-    "baseline": [flag for flag in machine_flags() if flag == "-fopenmp"],
-    "bf16_dot": [*machine_flags(), "-include", str(EMULATION), f"-DEMULATION={zlib.crc32(EMULATION.read_bytes())}"],
-}
+BUILDS = FLAGS | EMULATED
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BEYOND = 2**30  # in a block table, behind a sequence's own blocks: no block has this id
 
@@ -32,10 +25,10 @@ BEYOND = 2**30  # in a block table, behind a sequence's own blocks: no block has
 @pytest.fixture(scope="session")
 def builds() -> dict[str, Any]:
     with ThreadPoolExecutor() as pool:
-        return dict(zip(FLAGS, pool.map(load_library, FLAGS.values()), strict=True))
+        return dict(zip(BUILDS, pool.map(load_library, BUILDS.values()), strict=True))
 
 
-@pytest.fixture(params=FLAGS)
+@pytest.fixture(params=BUILDS)
 def kernels(request: pytest.FixtureRequest, builds: dict[str, Any]) -> Any:
     return builds[request.param]
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from layer_parity import FLAGS
+from cpu_builds import FLAGS
 from torch import Tensor
 
 from nanovllm.layers.cpu_layers import fuse_layers

@@ -1,4 +1,4 @@
-// The AVX-512 instructions of cpu_paged_attention.cpp in plain C++, so that its bf16 path runs and is tested on any CPU.
+// The AVX-512 instructions of cpu_formats.h in plain C++, so that what they do for bf16 runs and is tested on any CPU.
 // Include it before everything else: torch's headers first, then the intrinsics' names are taken over.
 #pragma once
 
