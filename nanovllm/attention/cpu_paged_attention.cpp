@@ -27,14 +27,12 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstring>
 #include <limits>
-#include <memory>
-#include <type_traits>
 #include <vector>
 
 #include "../utils/cpu_formats.h"
 #include "../utils/cpu_math.h"
+#include "../utils/cpu_memory.h"
 
 namespace {
 
@@ -180,9 +178,16 @@ struct Lanes {
   ALWAYS_INLINE float fold(const Op& op) const {
     alignas(64) float lanes[TILE];
     for (int i = 0; i < VECS; ++i) vecs[i].store(lanes + i * Vec::size());
-    for (int64_t width = TILE / 2; width > 0; width /= 2) {
-      for (int64_t i = 0; i < width; ++i) lanes[i] = op(lanes[i], lanes[i + width]);
-    }
+    return fold<TILE / 2>(lanes, op);
+  }
+
+ private:
+  // With the width known, halves of the lanes are folded by vectors.
+  template <int64_t WIDTH, class Op>
+  static ALWAYS_INLINE float fold(float* lanes, const Op& op) {
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < WIDTH; ++i) lanes[i] = op(lanes[i], lanes[i + WIDTH]);
+    if constexpr (WIDTH > 1) return fold<WIDTH / 2>(lanes, op);
     return lanes[0];
   }
 };
@@ -478,11 +483,12 @@ void attend_batch(const Batch<F>& batch) {
   int64_t num_partials = 0;
   const std::vector<Task> tasks = split_tasks<F>(list_tasks<F>(batch), split, num_partials);
   std::vector<Reduced> partials(num_partials);
-  const std::unique_ptr<float[]> partial_outs(new float[num_partials * batch.shape.head_dim]);
+  const at::Tensor partial_outs = memory::empty({num_partials, batch.shape.head_dim}, at::kFloat);
+  float* outs = partial_outs.mutable_data_ptr<float>();
   const int64_t num_tasks = tasks.size();
   std::atomic<int64_t> counter{0};
   on_all_threads(num_tasks, [&] {
-    Worker<F> worker(batch, partials.data(), partial_outs.get());
+    Worker<F> worker(batch, partials.data(), outs);
     int64_t next = counter++;
     while (next < num_tasks) {
       const Task& task = tasks[next];
@@ -492,7 +498,7 @@ void attend_batch(const Batch<F>& batch) {
     }
   });
   at::parallel_for(0, split.size(), 1, [&](int64_t begin, int64_t end) {
-    for (; begin < end; ++begin) merge_partials<F>(batch, split[begin], partials.data(), partial_outs.get());
+    for (; begin < end; ++begin) merge_partials<F>(batch, split[begin], partials.data(), outs);
   });
 }
 

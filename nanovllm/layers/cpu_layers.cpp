@@ -22,6 +22,7 @@
 #include "../utils/cpu_blocks.h"
 #include "../utils/cpu_dtypes.h"
 #include "../utils/cpu_math.h"
+#include "../utils/cpu_memory.h"
 
 namespace {
 namespace layers {
@@ -67,13 +68,13 @@ void for_each_row(int64_t num_rows, int64_t size, int64_t grain, const Work& wor
 template <class T>
 void norm_row(const T* x, const T* weight, int64_t size, float eps, T* out) {
   Block squares{Vec(0.0f), Vec(0.0f)};
-  for_each_block(size, [&](int64_t first, int64_t count) {
+  for_each_block(size, [&](int64_t first, int64_t count) INLINED {
     const Block values = read(x + first, count);
     squares = squares + values * values;
   });
   const float sum = at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, squares.low + squares.high);
   const Vec factor(1.0f / std::sqrt(sum / static_cast<float>(size) + eps));
-  for_each_block(size, [&](int64_t first, int64_t count) {
+  for_each_block(size, [&](int64_t first, int64_t count) INLINED {
     const Block normed = rounded<T>(read(x + first, count) * Block{factor, factor});
     write(read(weight + first, count) * normed, out + first, count);
   });
@@ -86,7 +87,7 @@ void check_weight(const at::Tensor& weight, const at::Tensor& x) {
 
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
   check_weight(weight, x);
-  at::Tensor out = x.new_empty(x.sizes());
+  at::Tensor out = memory::empty_like(x);
   with_dtype(x, "kernel for", [&]<class T>() {
     const auto source = rows_of<const T>(x);
     const auto target = rows_of<T>(out);
@@ -103,7 +104,7 @@ std::tuple<at::Tensor, at::Tensor> add_rms_norm(
     const at::Tensor& x, const at::Tensor& residual, const at::Tensor& weight, double eps) {
   check_weight(weight, x);
   TORCH_CHECK(residual.sizes() == x.sizes() && residual.scalar_type() == x.scalar_type(), "the residual must be like x");
-  at::Tensor out = x.new_empty(x.sizes()), sum = x.new_empty(x.sizes());
+  at::Tensor out = memory::empty_like(x), sum = memory::empty_like(x);
   with_dtype(x, "kernel for", [&]<class T>() {
     const auto left = rows_of<const T>(x), right = rows_of<const T>(residual);
     const auto normed = rows_of<T>(out), total = rows_of<T>(sum);
@@ -111,7 +112,7 @@ std::tuple<at::Tensor, at::Tensor> add_rms_norm(
     for_each_row(left.count(), left.size, CHEAP_GRAIN, [&](int64_t row) {
       const T *a = left[row], *b = right[row];
       T* c = total[row];
-      for_each_block(left.size, [&](int64_t first, int64_t count) {
+      for_each_block(left.size, [&](int64_t first, int64_t count) INLINED {
         write(read(a + first, count) + read(b + first, count), c + first, count);
       });
       norm_row<T>(c, scale, left.size, static_cast<float>(eps), normed[row]);
@@ -128,7 +129,7 @@ ALWAYS_INLINE float silu(float x) {
   return (x < 0.0f ? x * e : x) / (1.0f + e);
 }
 
-Block silu(const Block& block) {
+ALWAYS_INLINE Block silu(const Block& block) {
   alignas(64) float values[BLOCK];
   write(block, values);
   for (float& value : values) value = silu(value);
@@ -139,15 +140,16 @@ Block silu(const Block& block) {
 at::Tensor silu_and_mul(const at::Tensor& x) {
   TORCH_CHECK(x.dim() == 2 && x.size(1) % 2 == 0, "expected gate and up side by side, got ", x.sizes());
   const int64_t size = x.size(1) / 2;
-  at::Tensor out = x.new_empty({x.size(0), size});
+  at::Tensor out = memory::empty({x.size(0), size}, x.scalar_type());
   with_dtype(x, "kernel for", [&]<class T>() {
     const auto source = rows_of<const T>(x);
     const auto target = rows_of<T>(out);
     for_each_row(source.count(), size, COSTLY_GRAIN, [&](int64_t row) {
       const T *gate = source[row], *up = gate + size;
-      for_each_block(size, [&](int64_t first, int64_t count) {
+      T* result = target[row];
+      for_each_block(size, [&](int64_t first, int64_t count) INLINED {
         const Block active = rounded<T>(silu(read(gate + first, count)));
-        write(active * read(up + first, count), target[row] + first, count);
+        write(active * read(up + first, count), result + first, count);
       });
     });
   });
@@ -159,7 +161,7 @@ at::Tensor silu_and_mul(const at::Tensor& x) {
 // cos_sin: of one position, cos of each angle, then sin of each.
 template <class T>
 void rotate_head(const T* x, const float* cos_sin, int64_t half, T* out) {
-  for_each_block(half, [&](int64_t first, int64_t count) {
+  for_each_block(half, [&](int64_t first, int64_t count) INLINED {
     const Block cos = read(cos_sin + first, count), sin = read(cos_sin + half + first, count);
     const Block x1 = read(x + first, count), x2 = read(x + half + first, count);
     write(x1 * cos - x2 * sin, out + first, count);
@@ -180,7 +182,7 @@ std::tuple<at::Tensor, at::Tensor> rotate(
   check_heads(q, positions, cos_sin);
   check_heads(k, positions, cos_sin);
   TORCH_CHECK(q.scalar_type() == k.scalar_type(), "q and k differ in dtype");
-  at::Tensor q_out = q.new_empty(q.sizes()), k_out = k.new_empty(k.sizes());
+  at::Tensor q_out = memory::empty_like(q), k_out = memory::empty_like(k);
   const int64_t *position = positions.const_data_ptr<int64_t>(), head_dim = q.size(2), num_positions = cos_sin.size(0);
   const float* table = cos_sin.const_data_ptr<float>();
   with_dtype(q, "kernel for", [&]<class T>() {

@@ -28,6 +28,7 @@
 #include "../utils/cpu_dtypes.h"
 #include "../utils/cpu_formats.h"
 #include "../utils/cpu_math.h"
+#include "../utils/cpu_memory.h"
 
 namespace {
 namespace linear {
@@ -54,13 +55,22 @@ ALWAYS_INLINE void for_each(const Body& body) {
   each(std::make_integer_sequence<int64_t, COUNT>());
 }
 
-// sums[ROWS][PANEL] += x[ROWS][depth] times a panel's weights for `depth` inputs.
+struct Sums {  // of rows by PANEL: where they are so far, and where they go
+  const float* from;
+  int64_t from_stride;
+  float* to;
+  int64_t to_stride;
+
+  Sums behind(int64_t row) const { return {from + row * from_stride, from_stride, to + row * to_stride, to_stride}; }
+};
+
+// sums[ROWS][PANEL] + x[ROWS][depth] times a panel's weights for `depth` inputs.
 template <class F, int64_t ROWS>
 void multiply_tile(
-    const typename F::Value* x, int64_t x_stride, const typename F::Scalar* weight, int64_t depth, float* sums) {
+    const typename F::Value* x, int64_t x_stride, const typename F::Scalar* weight, int64_t depth, const Sums& sums) {
   typename F::Sums tile[ROWS][F::LINES];
   for_each<ROWS>([&](int64_t row) INLINED {
-    for_each<F::LINES>([&](int64_t line) INLINED { tile[row][line] = F::load_sums(sums + row * PANEL<F> + line * LINE); });
+    for_each<F::LINES>([&](int64_t line) INLINED { tile[row][line] = F::load_sums(sums.from + row * sums.from_stride + line * LINE); });
   });
   for (int64_t k = 0; k < depth; k += F::STEP) {
     typename F::Line lines[F::LINES];
@@ -75,12 +85,12 @@ void multiply_tile(
     });
   }
   for_each<ROWS>([&](int64_t row) INLINED {
-    for_each<F::LINES>([&](int64_t line) INLINED { F::store(sums + row * PANEL<F> + line * LINE, tile[row][line]); });
+    for_each<F::LINES>([&](int64_t line) INLINED { F::store(sums.to + row * sums.to_stride + line * LINE, tile[row][line]); });
   });
 }
 
 template <class F>
-using Tile = void (*)(const typename F::Value*, int64_t, const typename F::Scalar*, int64_t, float*);
+using Tile = void (*)(const typename F::Value*, int64_t, const typename F::Scalar*, int64_t, const Sums&);
 
 template <class F, int64_t... ROWS>
 constexpr std::array<Tile<F>, sizeof...(ROWS)> all_tiles(std::integer_sequence<int64_t, ROWS...>) {
@@ -94,11 +104,11 @@ constexpr auto TILES = all_tiles<F>(std::make_integer_sequence<int64_t, F::ROWS>
 template <class F>
 void multiply_rows(
     const typename F::Value* x, int64_t x_stride, int64_t num_rows, const typename F::Scalar* weight, int64_t depth,
-    float* sums) {
+    const Sums& sums) {
   const int64_t num_tiles = (num_rows + F::ROWS - 1) / F::ROWS;
   for (int64_t tile = 0, row = 0; tile < num_tiles; ++tile) {
     const int64_t rows = (num_rows - row) / (num_tiles - tile);
-    TILES<F>[rows - 1](x + row * x_stride, x_stride, weight, depth, sums + row * PANEL<F>);
+    TILES<F>[rows - 1](x + row * x_stride, x_stride, weight, depth, sums.behind(row));
     row += rows;
   }
 }
@@ -107,28 +117,31 @@ struct Shape {
   int64_t num_rows, input_size, output_size, x_stride;
 };
 
-// One panel of the product of at most MAX_ROWS rows. The sums are kept apart, since the rows of `out` may be at a distance
-// at which they compete for a few places of the caches.
+// One panel of the product of at most MAX_ROWS rows. Sums of some of the inputs are kept apart: the rows of `out` may be at a
+// distance at which they compete for a few places of the caches.
 template <class F, class T>
 void multiply_panel(
     const typename F::Value* x, const typename F::Scalar* weight, const T* bias, const Shape& shape, int64_t panel, T* out) {
-  alignas(64) float sums[MAX_ROWS * PANEL<F>];
+  alignas(64) float start[PANEL<F>] = {};  // of every row
+  alignas(64) float kept[MAX_ROWS * PANEL<F>];
   const int64_t first = panel * PANEL<F>, width = std::min(PANEL<F>, shape.output_size - first);
-  std::fill_n(sums, shape.num_rows * PANEL<F>, 0.0f);
-  if (bias != nullptr) {
-    for (int64_t row = 0; row < shape.num_rows; ++row) {
-      for (int64_t output = 0; output < width; ++output) sums[row * PANEL<F> + output] = static_cast<float>(bias[first + output]);
-    }
-  }
+  for (int64_t output = 0; bias != nullptr && output < width; ++output) start[output] = static_cast<float>(bias[first + output]);
   weight += first * shape.input_size;
+  const bool is_direct = std::is_same_v<T, float> && width == PANEL<F>;
+  Sums sums{start, 0, kept, PANEL<F>};
   for (int64_t k = 0; k < shape.input_size; k += DEPTH<F>) {
     const int64_t depth = std::min(DEPTH<F>, shape.input_size - k);
+    if constexpr (std::is_same_v<T, float>) {
+      if (is_direct && k + depth == shape.input_size) sums = {sums.from, sums.from_stride, out + first, shape.output_size};
+    }
     multiply_rows<F>(x + k, shape.x_stride, shape.num_rows, weight + k * PANEL<F>, depth, sums);
+    sums = {kept, PANEL<F>, kept, PANEL<F>};
   }
+  if (is_direct) return;
   for (int64_t row = 0; row < shape.num_rows; ++row) {
-    const float* source = sums + row * PANEL<F>;
+    const float* source = kept + row * PANEL<F>;
     T* target = out + row * shape.output_size + first;
-    blocks::for_each_block(width, [&](int64_t begin, int64_t count) {
+    blocks::for_each_block(width, [&](int64_t begin, int64_t count) INLINED {
       blocks::write(blocks::read(source + begin, count), target + begin, count);
     });
   }
@@ -213,7 +226,7 @@ at::Tensor look_up(const at::Tensor& token_ids, const at::Tensor& weight, at::Sc
   with_format(weight, weight.size(-1), [&]<class F>() {
     check_packed<F>(weight);
     const int64_t num_tokens = token_ids.size(0), input_size = weight.size(1) * F::STEP;
-    out = weight.new_empty({num_tokens, input_size}, dtype);
+    out = memory::empty({num_tokens, input_size}, dtype);
     const int64_t* tokens = token_ids.const_data_ptr<int64_t>();
     const auto* values = weight.const_data_ptr<typename F::Scalar>();
     with_dtype(out, "embedding in", [&]<class T>() {
@@ -238,7 +251,7 @@ at::Tensor look_up(const at::Tensor& token_ids, const at::Tensor& weight, at::Sc
 at::Tensor spread(const at::Tensor& x, at::ScalarType dtype) {
   const bool is_spread = x.size(0) <= 1 || x.stride(0) * x.element_size() % 2048 != 0;
   if (is_spread && x.stride(1) == 1 && x.scalar_type() == dtype) return x;
-  at::Tensor rows = x.new_empty({x.size(0), x.size(1) + 16}, dtype).narrow(1, 0, x.size(1));
+  at::Tensor rows = memory::empty({x.size(0), x.size(1) + 16}, dtype).narrow(1, 0, x.size(1));
   return rows.copy_(x);
 }
 
@@ -248,7 +261,7 @@ at::Tensor product_of(const at::Tensor& x, const at::Tensor& weight, const T* bi
   constexpr at::ScalarType value_dtype = c10::CppTypeToScalarType<Value>::value;
   TORCH_CHECK(value_dtype == at::kFloat || value_dtype == x.scalar_type(), "a weight packed for bfloat16, not ", x.scalar_type());
   const at::Tensor rows = spread(x, value_dtype);
-  at::Tensor out = x.new_empty({x.size(0), output_size});
+  at::Tensor out = memory::empty({x.size(0), output_size}, x.scalar_type());
   const Shape shape{x.size(0), x.size(1), output_size, rows.stride(0)};
   const auto* values = weight.const_data_ptr<typename F::Scalar>();
   multiply<F>(rows.const_data_ptr<Value>(), values, bias, shape, out.mutable_data_ptr<T>());
@@ -263,7 +276,7 @@ at::Tensor product(const at::Tensor& x, const at::Tensor& weight, const std::opt
   at::Tensor out;
   with_format(weight, weight.size(-1), [&]<class F>() {
     check_packed<F>(weight);
-    const bool fits = weight.size(1) * F::STEP == x.size(1) && weight.size(0) == count_panels<F>(output_size);
+    const bool fits = x.size(1) > 0 && weight.size(1) * F::STEP == x.size(1) && weight.size(0) == count_panels<F>(output_size);
     TORCH_CHECK(fits, "a packed weight ", weight.sizes(), " does not fit an input ", x.sizes());
     with_dtype(x, "product of", [&]<class T>() {
       out = product_of<F>(x, weight, bias.has_value() ? bias->const_data_ptr<T>() : nullptr, output_size);

@@ -11,6 +11,8 @@
 #include <string_view>
 #include <tuple>
 
+#include "../utils/cpu_memory.h"
+
 namespace {
 namespace decoder {
 
@@ -67,7 +69,7 @@ Tensor self_attention(const Tensor& x, const Layer& layer, const Tensor& cache, 
   }
   std::tie(q, k) = layers::rotate(step.positions, q, k, step.cos_sin);
   store(k, v, cache, step.slot_mapping);
-  const Tensor out = q.new_empty(q.sizes());
+  const Tensor out = memory::empty_like(q);
   attend(q, cache, out, step.cu_seqlens_q, step.context_lens, step.block_tables, step.scale);
   return multiply(out.view({num_tokens, q_size}), layer.o, layer.o_bias, x.size(1));
 }

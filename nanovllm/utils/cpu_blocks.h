@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cpu_math.h"
+
 namespace {
 namespace blocks {
 
@@ -25,26 +27,35 @@ struct Block {
 };
 
 template <class T>
-Block widen(const at::vec::Vectorized<T>& values) {
+ALWAYS_INLINE Block widen(const at::vec::Vectorized<T>& values) {
   const auto [low, high] = at::vec::convert_to_float<T>(values);
   return {low, high};
 }
 
+// The nearest bfloat16, as float32; of two the even one. Bits behind it carry into it where they are more than half.
+ALWAYS_INLINE Vec nearest_bfloat16(const Vec& values) {
+  using Bits = at::vec::Vectorized<int32_t>;
+  const Bits bits = at::vec::cast<int32_t>(values), is_odd = (bits >> Bits(16)) & Bits(1);
+  const Bits nearest = (bits + Bits(0x7fff) + is_odd) & Bits(static_cast<int32_t>(0xffff0000));
+  return Vec::blendv(at::vec::cast<float>(nearest), values, values.isnan());
+}
+
 // What the dtype makes of the values.
 template <class T>
-Block rounded(const Block& block) {
+ALWAYS_INLINE Block rounded(const Block& block) {
   if constexpr (std::is_same_v<T, float>) return block;
+  else if constexpr (std::is_same_v<T, at::BFloat16>) return {nearest_bfloat16(block.low), nearest_bfloat16(block.high)};
   else return widen<T>(at::vec::convert_from_float<T>(block.low, block.high));
 }
 
 template <class T>
-Block read(const T* source) {
+ALWAYS_INLINE Block read(const T* source) {
   if constexpr (std::is_same_v<T, float>) return {Vec::loadu(source), Vec::loadu(source + Vec::size())};
   else return widen(at::vec::Vectorized<T>::loadu(source));
 }
 
 template <class T>
-void write(const Block& block, T* target) {
+ALWAYS_INLINE void write(const Block& block, T* target) {
   if constexpr (std::is_same_v<T, float>) {
     block.low.store(target);
     block.high.store(target + Vec::size());
@@ -55,7 +66,7 @@ void write(const Block& block, T* target) {
 
 // The first `count` values; behind them come zeros.
 template <class T>
-Block read(const T* source, int64_t count) {
+ALWAYS_INLINE Block read(const T* source, int64_t count) {
   if (count == BLOCK) return read(source);
   std::array<T, BLOCK> values{};
   std::copy(source, source + count, values.begin());
@@ -63,7 +74,7 @@ Block read(const T* source, int64_t count) {
 }
 
 template <class T>
-void write(const Block& block, T* target, int64_t count) {
+ALWAYS_INLINE void write(const Block& block, T* target, int64_t count) {
   if (count == BLOCK) return write(block, target);
   std::array<T, BLOCK> values;
   write(block, values.data());
@@ -72,7 +83,7 @@ void write(const Block& block, T* target, int64_t count) {
 
 // body(first, count) for the blocks of a row; the last one may be smaller.
 template <class Body>
-void for_each_block(int64_t size, const Body& body) {
+ALWAYS_INLINE void for_each_block(int64_t size, const Body& body) {
   int64_t first = 0;
   for (; first + BLOCK <= size; first += BLOCK) body(first, BLOCK);
   if (first < size) body(first, size - first);

@@ -31,6 +31,7 @@ SOURCES = (
     PACKAGE / "utils" / "cpu_dtypes.h",
     PACKAGE / "utils" / "cpu_formats.h",
     PACKAGE / "utils" / "cpu_math.h",
+    PACKAGE / "utils" / "cpu_memory.h",
     PACKAGE / "attention" / "cpu_paged_attention.cpp",
     PACKAGE / "layers" / "cpu_layers.cpp",
     PACKAGE / "layers" / "cpu_linear.cpp",

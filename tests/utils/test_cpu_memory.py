@@ -1,0 +1,54 @@
+"""The memory that CPU kernels keep for results: used again, by one tensor at a time, and never more than was needed."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
+import torch
+from torch import Tensor
+
+from nanovllm.utils.cpu_build import load_kernels
+
+MIB = 2**20
+
+
+def compute(value: float, size: int, cols: int = 256) -> Tensor:
+    """A new tensor of `size` bytes, from a kernel: a norm of equal values is 1, times the weight."""
+    one_row = torch.ones(1, cols)
+    return load_kernels().rms_norm(one_row.expand(size // (4 * cols), cols), torch.full((cols,), value), 0.0)
+
+
+def test_memory_is_used_again_and_by_one_tensor_at_a_time() -> None:
+    first, second = compute(1.0, 4 * MIB), compute(2.0, 4 * MIB)
+    place = first.data_ptr()
+    assert second.data_ptr() != place
+    view = first[5:]
+    del first
+    third = compute(3.0, 4 * MIB)
+    assert third.data_ptr() != place, "of which a view is left"
+    del view
+    others = [compute(4.0, 4 * MIB) for _ in range(20)]  # before it, what other tests have left
+    assert place in [tensor.data_ptr() for tensor in others]
+    for tensor, value in ((second, 2.0), (third, 3.0), *((other, 4.0) for other in others)):
+        assert (tensor == value).all()
+
+
+def test_no_more_is_kept_than_was_in_use_at_once() -> None:
+    process = psutil.Process()
+    compute(1.0, 8 * MIB)
+    before = process.memory_info().rss
+    for size in range(8 * MIB, 40 * MIB, MIB):  # each larger than all before it
+        compute(1.0, size)
+    assert process.memory_info().rss - before < 2 * 40 * MIB
+
+
+def test_small_and_empty_results() -> None:
+    for size in (0, 1024, 100 * 1024):
+        assert (compute(2.0, size) == 2.0).all()
+
+
+def test_from_several_threads() -> None:
+    def work(value: float) -> bool:
+        return all(bool((compute(value, size * MIB // 4) == value).all()) for size in (1, 3, 2, 5, 1) * 10)
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(work, map(float, range(1, 9))))
