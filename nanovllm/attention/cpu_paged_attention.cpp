@@ -260,6 +260,7 @@ struct Batch {
   int64_t q_stride;
   const Scalar* cache;
   Scalar* out;
+  int64_t out_stride;
   const int32_t *cu_seqlens_q, *context_lens, *block_tables;
   int64_t num_seqs, block_table_stride;
 
@@ -278,7 +279,7 @@ struct Batch {
     return cache + tile / TILE * shape.tile_size();
   }
   void write(const Task& task, int64_t row, const Reduced& reduced, const float* weighted) const {
-    Scalar* target = out + token(task, row) * shape.num_heads * shape.head_dim + head_offset(task, row);
+    Scalar* target = out + token(task, row) * out_stride + head_offset(task, row);
     if (reduced.sum == 0.0f) {  // a row that sees nothing
       std::fill(target, target + shape.head_dim, Scalar(0.0f));
       return;
@@ -586,7 +587,8 @@ void attend(
     const at::Tensor& q, const at::Tensor& cache, at::Tensor out, const at::Tensor& cu_seqlens_q,
     const at::Tensor& context_lens, const at::Tensor& block_tables, double scale) {
   check_heads(q, cache, "q");
-  TORCH_CHECK(out.is_contiguous() && out.sizes() == q.sizes() && out.dtype() == q.dtype(), "out must be like q");
+  check_heads(out, cache, "out");
+  TORCH_CHECK(out.sizes() == q.sizes(), "out must be like q");
   const Shape shape = shape_of(cache, q.size(1));
   TORCH_CHECK(q.size(2) == shape.head_dim && q.size(1) % shape.num_kv_heads == 0, "q does not fit the cache");
   TORCH_CHECK(block_tables.stride(1) == 1 || block_tables.size(1) == 1, "rows of block_tables must be contiguous");
@@ -596,7 +598,7 @@ void attend(
     using Scalar = typename F::Scalar;
     attend_batch<F>({
         shape, static_cast<float>(scale), q.const_data_ptr<Scalar>(), q.stride(0), cache.const_data_ptr<Scalar>(),
-        out.mutable_data_ptr<Scalar>(), cu_seqlens_q.const_data_ptr<int32_t>(), context_lens.const_data_ptr<int32_t>(),
+        out.mutable_data_ptr<Scalar>(), out.stride(0), cu_seqlens_q.const_data_ptr<int32_t>(), context_lens.const_data_ptr<int32_t>(),
         block_tables.const_data_ptr<int32_t>(), num_seqs, block_tables.stride(0)});
   });
 }

@@ -87,7 +87,7 @@ void check_weight(const at::Tensor& weight, const at::Tensor& x) {
 
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
   check_weight(weight, x);
-  at::Tensor out = memory::empty_like(x);
+  at::Tensor out = x.dim() == 2 ? memory::empty_rows(x.size(0), x.size(1), x.scalar_type()) : memory::empty_like(x);
   with_dtype(x, "kernel for", [&]<class T>() {
     const auto source = rows_of<const T>(x);
     const auto target = rows_of<T>(out);
@@ -104,7 +104,8 @@ std::tuple<at::Tensor, at::Tensor> add_rms_norm(
     const at::Tensor& x, const at::Tensor& residual, const at::Tensor& weight, double eps) {
   check_weight(weight, x);
   TORCH_CHECK(residual.sizes() == x.sizes() && residual.scalar_type() == x.scalar_type(), "the residual must be like x");
-  at::Tensor out = memory::empty_like(x), sum = memory::empty_like(x);
+  TORCH_CHECK(x.dim() == 2, "expected [num_tokens, size], got ", x.sizes());
+  at::Tensor out = memory::empty_rows(x.size(0), x.size(1), x.scalar_type()), sum = memory::empty_like(x);
   with_dtype(x, "kernel for", [&]<class T>() {
     const auto left = rows_of<const T>(x), right = rows_of<const T>(residual);
     const auto normed = rows_of<T>(out), total = rows_of<T>(sum);
@@ -140,7 +141,7 @@ ALWAYS_INLINE Block silu(const Block& block) {
 at::Tensor silu_and_mul(const at::Tensor& x) {
   TORCH_CHECK(x.dim() == 2 && x.size(1) % 2 == 0, "expected gate and up side by side, got ", x.sizes());
   const int64_t size = x.size(1) / 2;
-  at::Tensor out = memory::empty({x.size(0), size}, x.scalar_type());
+  at::Tensor out = memory::empty_rows(x.size(0), size, x.scalar_type());
   with_dtype(x, "kernel for", [&]<class T>() {
     const auto source = rows_of<const T>(x);
     const auto target = rows_of<T>(out);

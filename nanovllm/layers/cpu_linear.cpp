@@ -246,13 +246,11 @@ at::Tensor look_up(const at::Tensor& token_ids, const at::Tensor& weight, at::Sc
   return out;
 }
 
-// The rows of x as values of `dtype`, at a distance at which the same inputs of all of them fit into the first-level cache:
-// with a power of two, or a multiple of a large one, they would compete for a few places.
+// The rows of x as values of `dtype`, at a distance at which the same inputs of all of them fit into the first-level cache.
 at::Tensor spread(const at::Tensor& x, at::ScalarType dtype) {
-  const bool is_spread = x.size(0) <= 1 || x.stride(0) * x.element_size() % 2048 != 0;
+  const bool is_spread = x.size(0) <= 1 || !memory::compete(x.stride(0) * x.element_size());
   if (is_spread && x.stride(1) == 1 && x.scalar_type() == dtype) return x;
-  at::Tensor rows = memory::empty({x.size(0), x.size(1) + 16}, dtype).narrow(1, 0, x.size(1));
-  return rows.copy_(x);
+  return memory::empty_rows(x.size(0), x.size(1), dtype).copy_(x);
 }
 
 template <class F, class T>

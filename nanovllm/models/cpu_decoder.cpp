@@ -69,9 +69,10 @@ Tensor self_attention(const Tensor& x, const Layer& layer, const Tensor& cache, 
   }
   std::tie(q, k) = layers::rotate(step.positions, q, k, step.cos_sin);
   store(k, v, cache, step.slot_mapping);
-  const Tensor out = memory::empty_like(q);
-  attend(q, cache, out, step.cu_seqlens_q, step.context_lens, step.block_tables, step.scale);
-  return multiply(out.view({num_tokens, q_size}), layer.o, layer.o_bias, x.size(1));
+  const Tensor out = memory::empty_rows(num_tokens, q_size, q.scalar_type());
+  const Tensor out_heads = out.view({num_tokens, num_heads, head_dim});
+  attend(q, cache, out_heads, step.cu_seqlens_q, step.context_lens, step.block_tables, step.scale);
+  return multiply(out, layer.o, layer.o_bias, x.size(1));
 }
 
 Tensor mlp(const Tensor& x, const Layer& layer) {

@@ -81,6 +81,16 @@ at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
   return at::from_blob(block.data, sizes, [block](void*) { pool.give_back(block); }, dtype);
 }
 
+// Whether the same places of rows at this distance in bytes are the same few places of the first-level cache.
+bool compete(size_t distance) { return distance % 4096 == 0; }
+
+// Rows that a product will read, several at a time: they lie together, or somewhat apart if they would compete.
+at::Tensor empty_rows(int64_t num_rows, int64_t size, at::ScalarType dtype) {
+  const size_t value = c10::elementSize(dtype);
+  if (num_rows <= 1 || !compete(size * value)) return empty({num_rows, size}, dtype);
+  return empty({num_rows, size + static_cast<int64_t>(64 / value)}, dtype).narrow(1, 0, size);
+}
+
 at::Tensor empty_like(const at::Tensor& x) { return empty(x.sizes(), x.scalar_type()); }
 
 }  // namespace memory
