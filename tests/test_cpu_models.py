@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from cpu_builds import EMULATED
+from kept_logits import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.utils.cpu_build import load_library, machine_flags
 
 PROMPTS = [
     "The capital of France is",
@@ -53,3 +56,26 @@ def test_bfloat16_greedy_tokens_are_those_of_transformers(smollm2: Path) -> None
             if (best := int(row.argmax())) != token:
                 assert row[best] - row[token] <= 4 * torch.finfo(torch.bfloat16).eps * row[best].abs()
                 break
+
+
+def test_bfloat16_by_dot_products_is_as_near_to_float32_as_by_widened_weights(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole model on AVX-512's instructions, emulated: products and attention, weights in pairs, a tied table."""
+    prompts = [[(7 * i + 3 * j) % 320 for j in range(length)] for i, length in enumerate((1, 15, 16, 40, 130))]
+    folder = checkpoint(tie_word_embeddings=True)
+
+    def first_logits(dtype: str, flags: list[str]) -> torch.Tensor:
+        with monkeypatch.context() as patch:
+            for user in ("nanovllm.attention.cpu", "nanovllm.engine.model_loading"):
+                patch.setattr(f"{user}.load_kernels", lambda: load_library(flags))
+                patch.setattr("nanovllm.engine.model_loading.is_fastest", lambda *_: True)
+            kept = run(LLM(folder, dtype=dtype, device="cpu", attention_backend="cpu", num_kvcache_blocks=24), prompts)
+        positions = {prompt: min(place for index, place in kept if index == prompt) for prompt in range(len(prompts))}
+        return torch.stack([kept[place] for place in positions.items()]).float()
+
+    exact = first_logits("float32", machine_flags())
+    widened = (first_logits("bfloat16", machine_flags()) - exact).abs().max()
+    dot = (first_logits("bfloat16", EMULATED["bf16_dot"]) - exact).abs().max()
+    # Both round to bfloat16 at the same places, their sums before it differ by float32's rounding: errors of one size.
+    assert 0 < dot <= 2 * widened < 0.1 * exact.abs().max()

@@ -27,7 +27,7 @@ def load_model(model: CheckpointModule, folder: Path, backend: AttentionBackend,
         As `load_weights`.
     """
     spec = backend.spec
-    if backend.HAS_PRODUCTS and is_fastest(spec.dtype, cpu_flags()):
+    if backend.HAS_PRODUCTS and (spec.batch_invariant or is_fastest(spec.dtype, cpu_flags())):
         matrix_dtype = stored_matrix_dtype(folder) if spec.dtype == torch.float32 else spec.dtype
         materialize(model, spec.dtype, spec.device, matrix_dtype)
         load_weights(model, folder, ranks)
