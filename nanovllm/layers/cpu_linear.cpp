@@ -1,16 +1,16 @@
 // Matrix products of linear layers on a CPU: activations in the dtype that the model runs in, times a weight that is kept in
 // the checkpoint's. Called by cpu_linear.py.
 //
-// Sums are float32. Where a CPU has no instructions for 16-bit products, weights of 16 bits are widened as they are used: they
-// take half the memory, and half the time to read, which is what a decode step of few sequences waits for. Where it has
+// Sums are float32. Where a CPU has no instructions for 16-bit products, weights of 16 bits are widened as they are used:
+// they take half the memory, and half the time to read, which is what a decode step of few sequences waits for. Where it has
 // AVX-512's for bfloat16, both sides stay as they are: see cpu_formats.h.
 //
-// A packed weight is [num_panels, input_size / STEP, PANEL, STEP]: the weights that PANEL outputs give to one input, or two, lie
-// side by side. A tile of the product, ROWS rows by PANEL outputs, is held in registers while the inputs go by. Each tile
+// A packed weight is [num_panels, input_size / STEP, PANEL, STEP]: the weights that PANEL outputs give to one input, or two,
+// lie side by side. A tile of the product, ROWS rows by PANEL outputs, is held in registers while the inputs go by. Each tile
 // widens them anew: a multiply-add waits for its unit, widening fills the time.
 //
-// Each value of the product is one chain of fused multiply-adds, from the first input to the last, whatever the number of
-// rows and threads: bit for bit the same.
+// Each value of the product is one chain of multiply-adds, from the first input to the last, whatever the number of rows and
+// threads: bit for bit the same.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -18,7 +18,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cstring>
 #include <optional>
 #include <type_traits>
 #include <utility>
@@ -70,7 +69,8 @@ void multiply_tile(
     const typename F::Value* x, int64_t x_stride, const typename F::Scalar* weight, int64_t depth, const Sums& sums) {
   typename F::Sums tile[ROWS][F::LINES];
   for_each<ROWS>([&](int64_t row) INLINED {
-    for_each<F::LINES>([&](int64_t line) INLINED { tile[row][line] = F::load_sums(sums.from + row * sums.from_stride + line * LINE); });
+    const float* source = sums.from + row * sums.from_stride;
+    for_each<F::LINES>([&](int64_t line) INLINED { tile[row][line] = F::load_sums(source + line * LINE); });
   });
   for (int64_t k = 0; k < depth; k += F::STEP) {
     typename F::Line lines[F::LINES];
@@ -85,7 +85,8 @@ void multiply_tile(
     });
   }
   for_each<ROWS>([&](int64_t row) INLINED {
-    for_each<F::LINES>([&](int64_t line) INLINED { F::store(sums.to + row * sums.to_stride + line * LINE, tile[row][line]); });
+    float* target = sums.to + row * sums.to_stride;
+    for_each<F::LINES>([&](int64_t line) INLINED { F::store(target + line * LINE, tile[row][line]); });
   });
 }
 
@@ -125,7 +126,7 @@ void multiply_panel(
   alignas(64) float start[PANEL<F>] = {};  // of every row
   alignas(64) float kept[MAX_ROWS * PANEL<F>];
   const int64_t first = panel * PANEL<F>, width = std::min(PANEL<F>, shape.output_size - first);
-  for (int64_t output = 0; bias != nullptr && output < width; ++output) start[output] = static_cast<float>(bias[first + output]);
+  if (bias != nullptr) std::copy_n(bias + first, width, start);
   weight += first * shape.input_size;
   const bool is_direct = std::is_same_v<T, float> && width == PANEL<F>;
   Sums sums{start, 0, kept, PANEL<F>};
@@ -237,7 +238,8 @@ at::Tensor look_up(const at::Tensor& token_ids, const at::Tensor& weight, at::Sc
           TORCH_CHECK_INDEX(token >= 0 && token < weight.size(0) * PANEL<F>, "token ", token, " is not in the table");
           const auto* row = values + token / PANEL<F> * input_size * PANEL<F> + token % PANEL<F> * F::STEP;
           for (int64_t k = 0; k < input_size; ++k) {
-            target[index * input_size + k] = static_cast<T>(static_cast<float>(row[k / F::STEP * F::STEP * PANEL<F> + k % F::STEP]));
+            const auto value = row[k / F::STEP * F::STEP * PANEL<F> + k % F::STEP];
+            target[index * input_size + k] = static_cast<T>(static_cast<float>(value));
           }
         }
       });
@@ -257,7 +259,8 @@ template <class F, class T>
 at::Tensor product_of(const at::Tensor& x, const at::Tensor& weight, const T* bias, int64_t output_size) {
   using Value = typename F::Value;
   constexpr at::ScalarType value_dtype = c10::CppTypeToScalarType<Value>::value;
-  TORCH_CHECK(value_dtype == at::kFloat || value_dtype == x.scalar_type(), "a weight packed for bfloat16, not ", x.scalar_type());
+  const bool is_packed_for_x = value_dtype == at::kFloat || value_dtype == x.scalar_type();
+  TORCH_CHECK(is_packed_for_x, "a weight packed for bfloat16, not ", x.scalar_type());
   const at::Tensor rows = spread(x, value_dtype);
   at::Tensor out = memory::empty({x.size(0), output_size}, x.scalar_type());
   const Shape shape{x.size(0), x.size(1), output_size, rows.stride(0)};
@@ -267,14 +270,16 @@ at::Tensor product_of(const at::Tensor& x, const at::Tensor& weight, const T* bi
 }
 
 // x [num_rows, input_size] times a weight that was packed for its dtype, plus bias in it -> [num_rows, output_size].
-at::Tensor product(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, int64_t output_size) {
+at::Tensor product(
+    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, int64_t output_size) {
   TORCH_CHECK(x.dim() == 2, "expected [num_rows, input_size], got ", x.sizes());
-  const bool bias_fits = !bias.has_value() || (bias->scalar_type() == x.scalar_type() && bias->sizes() == at::IntArrayRef{output_size});
-  TORCH_CHECK(bias_fits, "a bias of another size or dtype does not fit ", output_size, " outputs in ", x.scalar_type());
+  const bool bias_fits = !bias.has_value() || (bias->dim() == 1 && bias->size(0) == output_size && bias->is_contiguous());
+  TORCH_CHECK(bias_fits, "the bias does not fit ", output_size, " outputs");
   at::Tensor out;
   with_format(weight, weight.size(-1), [&]<class F>() {
     check_packed<F>(weight);
-    const bool fits = x.size(1) > 0 && weight.size(1) * F::STEP == x.size(1) && weight.size(0) == count_panels<F>(output_size);
+    const bool is_as_deep = x.size(1) > 0 && weight.size(1) * F::STEP == x.size(1);
+    const bool fits = is_as_deep && weight.size(0) == count_panels<F>(output_size);
     TORCH_CHECK(fits, "a packed weight ", weight.sizes(), " does not fit an input ", x.sizes());
     with_dtype(x, "product of", [&]<class T>() {
       out = product_of<F>(x, weight, bias.has_value() ? bias->const_data_ptr<T>() : nullptr, output_size);

@@ -1,5 +1,5 @@
-// Memory of what kernels compute, kept for what they compute next. torch's allocator gives large blocks of a CPU's memory back
-// to the system, which has to clear every page again when it is used again: up to a tenth of the time of a step.
+// Memory of what kernels compute, kept for what they compute next. torch's allocator gives large blocks of a CPU's memory
+// back to the system, which has to clear every page when it is used again: some per cent of a step's time.
 #pragma once
 
 #include <ATen/core/Tensor.h>
