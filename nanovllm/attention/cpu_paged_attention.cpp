@@ -399,11 +399,11 @@ class Worker {
   const int64_t head_dim_;
   Partition<F> kv_;
   Reduced reduced_[ROWS_PER_TASK];
-  std::vector<Value> q_;         // [ROWS_PER_TASK, QUERY_STRIDE]
+  std::vector<Value> q_;           // [ROWS_PER_TASK, QUERY_STRIDE]
   std::vector<float> totals_;      // [ROWS_PER_TASK, head_dim]
   std::vector<float> out_;         // [ROWS, head_dim]: of the partition
   std::vector<float> scores_;      // [ROWS, SCORE_STRIDE]
-  std::vector<Value> p_;         // [ROWS, SCORE_STRIDE]
+  std::vector<Value> p_;           // [ROWS, SCORE_STRIDE]
   std::vector<Scalar> last_tile_;  // a tile without what was never written
 };
 
@@ -598,8 +598,9 @@ void attend(
     using Scalar = typename F::Scalar;
     attend_batch<F>({
         shape, static_cast<float>(scale), q.const_data_ptr<Scalar>(), q.stride(0), cache.const_data_ptr<Scalar>(),
-        out.mutable_data_ptr<Scalar>(), out.stride(0), cu_seqlens_q.const_data_ptr<int32_t>(), context_lens.const_data_ptr<int32_t>(),
-        block_tables.const_data_ptr<int32_t>(), num_seqs, block_tables.stride(0)});
+        out.mutable_data_ptr<Scalar>(), out.stride(0), cu_seqlens_q.const_data_ptr<int32_t>(),
+        context_lens.const_data_ptr<int32_t>(), block_tables.const_data_ptr<int32_t>(), num_seqs,
+        block_tables.stride(0)});
   });
 }
 
