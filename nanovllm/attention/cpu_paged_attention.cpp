@@ -541,25 +541,6 @@ void store_tokens(
 
 // ---- operators ----
 
-// Call body.operator()<Format>() for the dtype's format.
-template <class Body>
-void with_format(at::ScalarType dtype, const Body& body) {
-  switch (dtype) {
-    case at::kFloat:
-      return body.template operator()<FloatFormat<float>>();
-    case at::kHalf:
-      return body.template operator()<FloatFormat<at::Half>>();
-    case at::kBFloat16:
-#ifdef NANOVLLM_BF16_DOT
-      return body.template operator()<Bf16DotFormat>();
-#else
-      return body.template operator()<FloatFormat<at::BFloat16>>();
-#endif
-    default:
-      TORCH_CHECK(false, "no kernel for ", dtype);
-  }
-}
-
 void check_heads(const at::Tensor& tensor, const at::Tensor& cache, const char* name) {
   TORCH_CHECK(tensor.dim() == 3 && tensor.scalar_type() == cache.scalar_type(), name, " does not fit the cache");
   const bool together = tensor.stride(2) == 1 && (tensor.size(1) == 1 || tensor.stride(1) == tensor.size(2));
@@ -580,7 +561,7 @@ void store(const at::Tensor& k, const at::Tensor& v, at::Tensor cache, const at:
   TORCH_CHECK(slot_mapping.size(0) == k.size(0) && v.sizes() == k.sizes(), "k, v and slot_mapping differ in length");
   const Shape shape = shape_of(cache, k.size(1));
   TORCH_CHECK(k.size(1) == shape.num_kv_heads && k.size(2) == shape.head_dim, "k does not fit the cache");
-  with_format(cache.scalar_type(), [&]<class F>() { store_tokens<F>(k, v, cache, slot_mapping, shape); });
+  with_format(cache, true, "kernel for", [&]<class F>() { store_tokens<F>(k, v, cache, slot_mapping, shape); });
 }
 
 void attend(
@@ -594,7 +575,7 @@ void attend(
   TORCH_CHECK(block_tables.stride(1) == 1 || block_tables.size(1) == 1, "rows of block_tables must be contiguous");
   const int64_t num_seqs = context_lens.size(0);
   TORCH_CHECK(cu_seqlens_q.size(0) == num_seqs + 1 && block_tables.size(0) == num_seqs, "not one batch");
-  with_format(q.scalar_type(), [&]<class F>() {
+  with_format(q, true, "kernel for", [&]<class F>() {
     using Scalar = typename F::Scalar;
     attend_batch<F>({
         shape, static_cast<float>(scale), q.const_data_ptr<Scalar>(), q.stride(0), cache.const_data_ptr<Scalar>(),

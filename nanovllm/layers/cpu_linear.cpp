@@ -32,6 +32,7 @@
 namespace {
 namespace linear {
 
+constexpr const char* PURPOSE = "product with weights of";
 constexpr int64_t MAX_ROWS = 192;  // whose activations stay in the second-level cache while panels go by
 constexpr int64_t AHEAD = 8192;    // bytes: a stream from memory stops at each page unless it is asked to go on
 template <class F>
@@ -163,15 +164,6 @@ void multiply(
   });
 }
 
-// body<F>() with the format for weights that take `step` inputs at a time.
-template <class Body>
-void with_format(const at::Tensor& weight, int64_t step, const Body& body) {
-#ifdef NANOVLLM_BF16_DOT
-  if (step == Bf16DotFormat::STEP) return body.template operator()<Bf16DotFormat>();
-#endif
-  with_dtype(weight, "product with weights of", [&]<class T>() { body.template operator()<FloatFormat<T>>(); });
-}
-
 // A panel: from a row of inputs for each of `width` outputs to what a step takes of each output side by side.
 template <class F, class T>
 void pack_panel(const T* source, int64_t width, int64_t input_size, T* target) {
@@ -208,23 +200,24 @@ at::Tensor pack_panels(const at::Tensor& weight) {
 // used: it does not hold the weight any more.
 at::Tensor pack(const at::Tensor& weight, at::ScalarType dtype) {
   TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "expected a contiguous weight, got ", weight.sizes());
-  const bool in_pairs = dtype == at::kBFloat16 && weight.scalar_type() == at::kBFloat16 && weight.size(1) % 2 == 0;
+  const bool in_pairs = dtype == at::kBFloat16 && weight.size(1) % 2 == 0;
   at::Tensor packed;
-  with_format(weight, in_pairs ? 2 : 1, [&]<class F>() { packed = pack_panels<F>(weight); });
+  with_format(weight, in_pairs, PURPOSE, [&]<class F>() { packed = pack_panels<F>(weight); });
   return packed;
 }
 
+bool is_packed(const at::Tensor& weight) { return weight.dim() == 4; }
+
 template <class F>
 void check_packed(const at::Tensor& weight) {
-  const bool is_packed = weight.dim() == 4 && weight.size(2) == PANEL<F> && weight.size(3) == F::STEP;
-  TORCH_CHECK(is_packed, "not a packed weight: ", weight.sizes());
+  TORCH_CHECK(is_packed(weight) && weight.size(2) == PANEL<F> && weight.size(3) == F::STEP, "not a packed weight: ", weight.sizes());
 }
 
 // Rows of what was packed: token_ids int64 [num_tokens] -> [num_tokens, input_size], in `dtype`.
 at::Tensor look_up(const at::Tensor& token_ids, const at::Tensor& weight, at::ScalarType dtype) {
   TORCH_CHECK(token_ids.dim() == 1 && token_ids.is_contiguous() && token_ids.scalar_type() == at::kLong, "not token ids");
   at::Tensor out;
-  with_format(weight, weight.size(-1), [&]<class F>() {
+  with_format(weight, weight.size(-1) == 2, PURPOSE, [&]<class F>() {
     check_packed<F>(weight);
     const int64_t num_tokens = token_ids.size(0), input_size = weight.size(1) * F::STEP;
     out = memory::empty({num_tokens, input_size}, dtype);
@@ -276,7 +269,7 @@ at::Tensor product(
   const bool bias_fits = !bias.has_value() || (bias->dim() == 1 && bias->size(0) == output_size && bias->is_contiguous());
   TORCH_CHECK(bias_fits, "the bias does not fit ", output_size, " outputs");
   at::Tensor out;
-  with_format(weight, weight.size(-1), [&]<class F>() {
+  with_format(weight, weight.size(-1) == 2, PURPOSE, [&]<class F>() {
     check_packed<F>(weight);
     const bool is_as_deep = x.size(1) > 0 && weight.size(1) * F::STEP == x.size(1);
     const bool fits = is_as_deep && weight.size(0) == count_panels<F>(output_size);

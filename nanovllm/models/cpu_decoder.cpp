@@ -44,7 +44,7 @@ struct Step {  // see AttentionMetadata in context.py
 
 // x [num_tokens, input_size] times a weight: packed by cpu_linear.cpp, by oneDNN, or not.
 Tensor multiply(const Tensor& x, const Tensor& weight, const Optional& bias, int64_t output_size) {
-  if (weight.dim() == 4) return linear::product(x, weight, bias, output_size);
+  if (linear::is_packed(weight)) return linear::product(x, weight, bias, output_size);
   if (!weight.is_mkldnn()) return at::linear(x, weight, bias);
   using Operands = c10::List<std::optional<at::Scalar>>;
   using Product = Tensor(
@@ -54,7 +54,7 @@ Tensor multiply(const Tensor& x, const Tensor& weight, const Optional& bias, int
   return product.call(x, weight, bias, "none", Operands(), "");
 }
 
-int64_t input_size(const Tensor& weight) { return weight.dim() == 4 ? weight.size(1) * weight.size(3) : weight.size(1); }
+int64_t input_size(const Tensor& weight) { return weight.size(1) * (linear::is_packed(weight) ? weight.size(3) : 1); }
 
 Tensor self_attention(const Tensor& x, const Layer& layer, const Tensor& cache, const Step& step) {
   const int64_t num_tokens = x.size(0), q_size = input_size(layer.o), head_dim = step.cos_sin.size(2);

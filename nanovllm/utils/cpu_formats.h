@@ -11,6 +11,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "cpu_dtypes.h"
 #include "cpu_math.h"
 
 #if defined(__AVX512BF16__) && !defined(NANOVLLM_BF16_DOT)
@@ -108,5 +109,14 @@ struct Bf16DotFormat {
   }
 };
 #endif
+
+// body<F>() with the format for lines of the dtype of x; `in_pairs`: in bfloat16, where there is an instruction for it.
+template <class Body>
+void with_format(const at::Tensor& x, bool in_pairs, const char* purpose, const Body& body) {
+#ifdef NANOVLLM_BF16_DOT
+  if (in_pairs && x.scalar_type() == at::kBFloat16) return body.template operator()<Bf16DotFormat>();
+#endif
+  with_dtype(x, purpose, [&]<class T>() { body.template operator()<FloatFormat<T>>(); });
+}
 
 }  // namespace
