@@ -561,7 +561,7 @@ void store(const at::Tensor& k, const at::Tensor& v, at::Tensor cache, const at:
   TORCH_CHECK(slot_mapping.size(0) == k.size(0) && v.sizes() == k.sizes(), "k, v and slot_mapping differ in length");
   const Shape shape = shape_of(cache, k.size(1));
   TORCH_CHECK(k.size(1) == shape.num_kv_heads && k.size(2) == shape.head_dim, "k does not fit the cache");
-  with_format(cache, true, "kernel for", [&]<class F>() { store_tokens<F>(k, v, cache, slot_mapping, shape); });
+  with_format(cache, true, 1, "kernel for", [&]<class F>() { store_tokens<F>(k, v, cache, slot_mapping, shape); });
 }
 
 void attend(
@@ -575,7 +575,7 @@ void attend(
   TORCH_CHECK(block_tables.stride(1) == 1 || block_tables.size(1) == 1, "rows of block_tables must be contiguous");
   const int64_t num_seqs = context_lens.size(0);
   TORCH_CHECK(cu_seqlens_q.size(0) == num_seqs + 1 && block_tables.size(0) == num_seqs, "not one batch");
-  with_format(q, true, "kernel for", [&]<class F>() {
+  with_format(q, true, 1, "kernel for", [&]<class F>() {
     using Scalar = typename F::Scalar;
     attend_batch<F>({
         shape, static_cast<float>(scale), q.const_data_ptr<Scalar>(), q.stride(0), cache.const_data_ptr<Scalar>(),

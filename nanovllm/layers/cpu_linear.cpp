@@ -28,21 +28,17 @@
 #include "../utils/cpu_formats.h"
 #include "../utils/cpu_math.h"
 #include "../utils/cpu_memory.h"
+#include "cpu_linear_amx.h"
+#include "cpu_panels.h"
 
 namespace {
 namespace linear {
 
 constexpr const char* PURPOSE = "product with weights of";
 constexpr int64_t MAX_ROWS = 192;  // whose activations stay in the second-level cache while panels go by
-constexpr int64_t AHEAD = 8192;    // bytes: a stream from memory stops at each page unless it is asked to go on
-template <class F>
-constexpr int64_t PANEL = F::LINES * LINE;
 // Inputs at a time: of so many, a panel's weights stay in the first-level cache, with a tile's activations, for all tiles.
 template <class F>
 constexpr int64_t DEPTH = 16384 / (PANEL<F> * sizeof(typename F::Scalar));
-
-template <class F>
-int64_t count_panels(int64_t output_size) { return (output_size + PANEL<F> - 1) / PANEL<F>; }
 
 // Bring what will be needed soon into the second-level cache: the first has enough to hold.
 ALWAYS_INLINE void ask_for(const void* now) { __builtin_prefetch(static_cast<const char*>(now) + AHEAD, 0, 2); }
@@ -115,10 +111,6 @@ void multiply_rows(
   }
 }
 
-struct Shape {
-  int64_t num_rows, input_size, output_size, x_stride;
-};
-
 // One panel of the product of at most MAX_ROWS rows. Sums of some of the inputs are kept apart: the rows of `out` may be at a
 // distance at which they compete for a few places of the caches.
 template <class F, class T>
@@ -149,17 +141,37 @@ void multiply_panel(
   }
 }
 
+// One thread's work: panel by panel, see multiply_panel.
+template <class F, class T>
+struct Panels {
+  static int64_t max_rows(int64_t) { return MAX_ROWS; }
+  explicit Panels(int64_t) {}
+  void multiply(
+      const typename F::Value* x, const typename F::Scalar* weight, const T* bias, const Shape& shape, int64_t panel, T* out) {
+    multiply_panel<F>(x, weight, bias, shape, panel, out);
+  }
+};
+#ifdef NANOVLLM_AMX
+template <>
+struct Panels<AmxFormat, at::BFloat16> : AmxPanels {
+  using AmxPanels::AmxPanels;
+};
+#endif
+
 template <class F, class T>
 void multiply(
     const typename F::Value* x, const typename F::Scalar* weight, const T* bias, const Shape& shape, T* out) {
+  using Panels = Panels<F, T>;
   const int64_t num_panels = count_panels<F>(shape.output_size);
-  const int64_t num_blocks = (shape.num_rows + MAX_ROWS - 1) / MAX_ROWS;
+  const int64_t max_rows = Panels::max_rows(shape.input_size), num_blocks = (shape.num_rows + max_rows - 1) / max_rows;
   at::parallel_for(0, num_blocks * num_panels, 1, [&](int64_t begin, int64_t end) {
+    if (begin == end) return;
+    Panels panels(shape.num_rows / num_blocks);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t block = task / num_panels;
       const int64_t row = block * shape.num_rows / num_blocks, last = (block + 1) * shape.num_rows / num_blocks;
       const Shape part{last - row, shape.input_size, shape.output_size, shape.x_stride};
-      multiply_panel<F>(x + row * shape.x_stride, weight, bias, part, task % num_panels, out + row * shape.output_size);
+      panels.multiply(x + row * shape.x_stride, weight, bias, part, task % num_panels, out + row * shape.output_size);
     }
   });
 }
@@ -178,31 +190,27 @@ template <class F>
 at::Tensor pack_panels(const at::Tensor& weight) {
   using T = typename F::Scalar;
   const int64_t output_size = weight.size(0), input_size = weight.size(1), num_panels = count_panels<F>(output_size);
-  const bool in_place = output_size % PANEL<F> == 0;
-  const std::array<int64_t, 4> shape{num_panels, input_size / F::STEP, PANEL<F>, F::STEP};
-  at::Tensor packed = in_place ? weight.view(shape) : weight.new_empty(shape);
+  const at::Tensor packed =
+      memory::empty_lasting({num_panels, input_size / F::STEP, PANEL<F>, F::STEP}, weight.scalar_type());
   const T* source = weight.const_data_ptr<T>();
   T* target = packed.mutable_data_ptr<T>();
   const int64_t size = input_size * PANEL<F>;
   at::parallel_for(0, num_panels, 1, [&](int64_t begin, int64_t end) {
-    std::vector<T> rows(in_place ? size : 0);
     for (int64_t panel = begin; panel < end; ++panel) {
-      if (in_place) std::copy_n(source + panel * size, size, rows.begin());
       const int64_t width = std::min(PANEL<F>, output_size - panel * PANEL<F>);
-      pack_panel<F>(in_place ? rows.data() : source + panel * size, width, input_size, target + panel * size);
+      pack_panel<F>(source + panel * size, width, input_size, target + panel * size);
     }
   });
   return packed;
 }
 
 // [output_size, input_size] -> [num_panels, input_size / STEP, PANEL, STEP], zeros beyond output_size, for products with
-// activations of `dtype`. Where there is nothing to add, a panel takes as much memory as its rows, and the weight's own is
-// used: it does not hold the weight any more.
+// activations of `dtype`.
 at::Tensor pack(const at::Tensor& weight, at::ScalarType dtype) {
   TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "expected a contiguous weight, got ", weight.sizes());
   const bool in_pairs = dtype == at::kBFloat16 && weight.size(1) % 2 == 0;
   at::Tensor packed;
-  with_format(weight, in_pairs, PURPOSE, [&]<class F>() { packed = pack_panels<F>(weight); });
+  with_format(weight, in_pairs, weight.size(1), PURPOSE, [&]<class F>() { packed = pack_panels<F>(weight); });
   return packed;
 }
 
@@ -217,7 +225,7 @@ void check_packed(const at::Tensor& weight) {
 at::Tensor look_up(const at::Tensor& token_ids, const at::Tensor& weight, at::ScalarType dtype) {
   TORCH_CHECK(token_ids.dim() == 1 && token_ids.is_contiguous() && token_ids.scalar_type() == at::kLong, "not token ids");
   at::Tensor out;
-  with_format(weight, weight.size(-1) == 2, PURPOSE, [&]<class F>() {
+  with_format(weight, weight.size(-1) == 2, weight.size(1) * weight.size(-1), PURPOSE, [&]<class F>() {
     check_packed<F>(weight);
     const int64_t num_tokens = token_ids.size(0), input_size = weight.size(1) * F::STEP;
     out = memory::empty({num_tokens, input_size}, dtype);
@@ -251,15 +259,16 @@ at::Tensor spread(const at::Tensor& x, at::ScalarType dtype) {
 template <class F, class T>
 at::Tensor product_of(const at::Tensor& x, const at::Tensor& weight, const T* bias, int64_t output_size) {
   using Value = typename F::Value;
-  constexpr at::ScalarType value_dtype = c10::CppTypeToScalarType<Value>::value;
-  const bool is_packed_for_x = value_dtype == at::kFloat || value_dtype == x.scalar_type();
-  TORCH_CHECK(is_packed_for_x, "a weight packed for bfloat16, not ", x.scalar_type());
-  const at::Tensor rows = spread(x, value_dtype);
-  at::Tensor out = memory::empty({x.size(0), output_size}, x.scalar_type());
-  const Shape shape{x.size(0), x.size(1), output_size, rows.stride(0)};
-  const auto* values = weight.const_data_ptr<typename F::Scalar>();
-  multiply<F>(rows.const_data_ptr<Value>(), values, bias, shape, out.mutable_data_ptr<T>());
-  return out;
+  if constexpr (!std::is_same_v<Value, float> && !std::is_same_v<Value, T>) {
+    TORCH_CHECK(false, "a weight packed for bfloat16, not ", x.scalar_type());
+  } else {
+    const at::Tensor rows = spread(x, c10::CppTypeToScalarType<Value>::value);
+    at::Tensor out = memory::empty({x.size(0), output_size}, x.scalar_type());
+    const Shape shape{x.size(0), x.size(1), output_size, rows.stride(0)};
+    const auto* values = weight.const_data_ptr<typename F::Scalar>();
+    multiply<F>(rows.const_data_ptr<Value>(), values, bias, shape, out.mutable_data_ptr<T>());
+    return out;
+  }
 }
 
 // x [num_rows, input_size] times a weight that was packed for its dtype, plus bias in it -> [num_rows, output_size].
@@ -269,7 +278,7 @@ at::Tensor product(
   const bool bias_fits = !bias.has_value() || (bias->dim() == 1 && bias->size(0) == output_size && bias->is_contiguous());
   TORCH_CHECK(bias_fits, "the bias does not fit ", output_size, " outputs");
   at::Tensor out;
-  with_format(weight, weight.size(-1) == 2, PURPOSE, [&]<class F>() {
+  with_format(weight, weight.size(-1) == 2, weight.size(1) * weight.size(-1), PURPOSE, [&]<class F>() {
     check_packed<F>(weight);
     const bool is_as_deep = x.size(1) > 0 && weight.size(1) * F::STEP == x.size(1);
     const bool fits = is_as_deep && weight.size(0) == count_panels<F>(output_size);
@@ -285,7 +294,7 @@ at::Tensor product(
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(NANOVLLM_OPS, library) {
-  library.def("pack_weight_(Tensor(a!) weight, ScalarType dtype) -> Tensor(a!)", &linear::pack);
+  library.def("pack_weight(Tensor weight, ScalarType dtype) -> Tensor", &linear::pack);
   library.def("look_up(Tensor token_ids, Tensor weight, ScalarType dtype) -> Tensor", &linear::look_up);
   library.def("linear(Tensor x, Tensor weight, Tensor? bias, int output_size) -> Tensor", &linear::product);
 }

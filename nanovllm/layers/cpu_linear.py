@@ -23,7 +23,7 @@ def is_fastest(dtype: torch.dtype, flags: set[str]) -> bool:
         dtype: of the model.
         flags: the CPU's, see `cpu_flags`.
     """
-    return not (PRODUCT_FLAGS.get(dtype, set()) - {"avx512_bf16"}) & flags
+    return not (PRODUCT_FLAGS.get(dtype, set()) - {"avx512_bf16", "amx_bf16"}) & flags
 
 
 def use_packed_weights(model: nn.Module, kernels: Any, dtype: torch.dtype) -> None:
@@ -40,7 +40,7 @@ def use_packed_weights(model: nn.Module, kernels: Any, dtype: torch.dtype) -> No
             owners.setdefault(layer.weight, []).append(layer)
     while owners:
         weight, layers = owners.popitem()
-        packed = nn.Parameter(kernels.pack_weight_(weight, dtype), requires_grad=False)
+        packed = nn.Parameter(kernels.pack_weight(weight, dtype), requires_grad=False)
         for layer in layers:
             layer.weight = packed
 

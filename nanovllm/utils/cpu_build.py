@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 PACKAGE = Path(__file__).parents[1]
 # Compiled as one, since most of the time goes into torch's headers.
 SOURCES = (
+    PACKAGE / "utils" / "cpu_amx.h",
     PACKAGE / "utils" / "cpu_blocks.h",
     PACKAGE / "utils" / "cpu_dtypes.h",
     PACKAGE / "utils" / "cpu_formats.h",
@@ -34,6 +35,8 @@ SOURCES = (
     PACKAGE / "utils" / "cpu_memory.h",
     PACKAGE / "attention" / "cpu_paged_attention.cpp",
     PACKAGE / "layers" / "cpu_layers.cpp",
+    PACKAGE / "layers" / "cpu_panels.h",
+    PACKAGE / "layers" / "cpu_linear_amx.h",
     PACKAGE / "layers" / "cpu_linear.cpp",
     PACKAGE / "layers" / "cpu_sampler.cpp",
     PACKAGE / "models" / "cpu_decoder.cpp",
@@ -102,6 +105,8 @@ def machine_flags() -> list[str]:
         flags = [*defines, *_INSTRUCTION_SETS[capability]]
     if capability == "AVX512" and "avx512_bf16" in cpu_flags():
         flags.append("-mavx512bf16")
+        if "amx_bf16" in cpu_flags():
+            flags += ["-mamx-tile", "-mamx-bf16"]
     return [*flags, *(["-fopenmp"] if sys.platform == "linux" else [])]
 
 

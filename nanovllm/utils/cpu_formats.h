@@ -11,6 +11,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "cpu_amx.h"
 #include "cpu_dtypes.h"
 #include "cpu_math.h"
 
@@ -36,6 +37,7 @@ struct FloatFormat {
   using Value = float;      // of a row
   static constexpr int64_t STEP = 1;
   static constexpr int VECS = FloatLine::VECS;
+  static constexpr bool BY_AMX = false;
   static constexpr bool WIDE = Vec::size() >= 16;
   static constexpr int ROWS = WIDE ? 12 : 6;  // with 32 registers of AVX-512, or 16 of AVX2
   static constexpr int LINES = WIDE ? 2 : 1;
@@ -83,6 +85,7 @@ struct Bf16DotFormat {
   using Scalar = at::BFloat16;
   using Value = at::BFloat16;
   static constexpr int64_t STEP = 2;
+  static constexpr bool BY_AMX = false;
   static constexpr int ROWS = 12;
   static constexpr int LINES = 2;
   using Line = __m512i;
@@ -110,11 +113,25 @@ struct Bf16DotFormat {
 };
 #endif
 
-// body<F>() with the format for lines of the dtype of x; `in_pairs`: in bfloat16, where there is an instruction for it.
+#if defined(NANOVLLM_BF16_DOT) && defined(NANOVLLM_AMX)
+// The same layout, multiplied by AMX: see cpu_amx.h.
+struct AmxFormat : Bf16DotFormat {
+  static constexpr bool BY_AMX = true;
+  static constexpr int ROWS = 2 * amx::STRIP;
+};
+#endif
+
+// body<F>() with the format for lines of the dtype of x, which are multiplied with rows of `row_size` values; `in_pairs`: in
+// bfloat16, where there is an instruction for it.
 template <class Body>
-void with_format(const at::Tensor& x, bool in_pairs, const char* purpose, const Body& body) {
+void with_format(const at::Tensor& x, bool in_pairs, int64_t row_size, const char* purpose, const Body& body) {
 #ifdef NANOVLLM_BF16_DOT
-  if (in_pairs && x.scalar_type() == at::kBFloat16) return body.template operator()<Bf16DotFormat>();
+  if (in_pairs && x.scalar_type() == at::kBFloat16) {
+#ifdef NANOVLLM_AMX
+    if (row_size % amx::STEP == 0 && amx::is_available()) return body.template operator()<AmxFormat>();
+#endif
+    return body.template operator()<Bf16DotFormat>();
+  }
 #endif
   with_dtype(x, purpose, [&]<class T>() { body.template operator()<FloatFormat<T>>(); });
 }

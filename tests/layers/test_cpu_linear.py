@@ -40,7 +40,7 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Ten
 
 def pack(kernels: Any, weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """A packed copy: the kernel may use the memory of what it is given."""
-    return kernels.pack_weight_(weight.clone(), dtype)
+    return kernels.pack_weight(weight.clone(), dtype)
 
 
 def multiply(kernels: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,0 +1,112 @@
+// The inner loops of cpu_linear.cpp by AMX, for weights in the layout of Bf16DotFormat.
+//
+// AMX multiplies so fast that everything else decides: two strips of rows go through a panel's weights at a time; what comes
+// out is rounded and written a few rows at a step, while the next strips are multiplied; and while all rows go through one
+// panel, the next one is fetched from memory, evenly.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../utils/cpu_amx.h"
+#include "../utils/cpu_formats.h"
+#include "cpu_panels.h"
+
+#ifdef NANOVLLM_AMX
+
+namespace {
+namespace linear {
+
+// Rows that go through a panel before the next: so many that reading it from memory takes no longer than that, and so few that
+// they stay in the second-level cache.
+constexpr int64_t AMX_ROWS = 512, AMX_BYTES = 5 << 18;
+
+// One thread's products, panel by panel.
+class AmxPanels {
+ public:
+  using F = AmxFormat;
+  using Value = F::Value;
+  static constexpr int64_t LINE_STRIDE = PANEL<F> * F::STEP * sizeof(Value);
+
+  static int64_t max_rows(int64_t input_size) {
+    const int64_t rows = std::clamp<int64_t>(AMX_BYTES / (input_size * sizeof(Value)), F::ROWS, AMX_ROWS);
+    return rows / F::ROWS * F::ROWS;
+  }
+
+  explicit AmxPanels(int64_t num_rows) : height_(std::min(amx::STRIP, num_rows)), tiles_(height_, amx::STEP) {}
+  ~AmxPanels() { write(unwritten_.num_rows); }
+
+  // As multiply_panel, for all rows of the shape, as many as a strip has at least.
+  void multiply(const Value* x, const Value* weight, const Value* bias, const Shape& shape, int64_t panel, Value* out) {
+    alignas(64) float start[PANEL<F>] = {};  // of every row
+    const int64_t first = panel * PANEL<F>, width = std::min(PANEL<F>, shape.output_size - first);
+    if (bias != nullptr) std::copy_n(bias + first, width, start);
+    weight += first * shape.input_size;
+    const int64_t size = shape.input_size * PANEL<F>, last = shape.num_rows - height_;  // where the last strip begins
+    const int64_t num_blocks = (shape.num_rows + F::ROWS - 1) / F::ROWS;
+    for (int64_t block = 0; block < num_blocks; ++block) {
+      const int64_t row = block * F::ROWS, rows[2] = {std::min(row, last), std::min(row + amx::STRIP, last)};
+      const Value* ahead = weight + (num_blocks == 1 ? AHEAD / sizeof(Value) : size + size * block / num_blocks);
+      const auto run = row + amx::STRIP < shape.num_rows ? &AmxPanels::multiply_strips<2> : &AmxPanels::multiply_strips<1>;
+      float* sums = (this->*run)(x, weight, start, shape, rows, ahead, size / num_blocks);
+      Value* const strips[2] = {out + rows[0] * shape.output_size + first, out + rows[1] * shape.output_size + first};
+      unwritten_ = {sums, {strips[0], strips[1]}, 0, row + amx::STRIP < shape.num_rows ? 2 * height_ : height_, shape.output_size, width};
+    }
+  }
+
+ private:
+  struct Unwritten {  // sums
+    const float* sums;
+    Value* strips[2];
+    int64_t row, num_rows, stride, width;
+  };
+
+  // Returns the sums.
+  template <int STRIPS>
+  float* multiply_strips(
+      const Value* x, const Value* weight, const float* start, const Shape& shape, const int64_t (&rows)[2],
+      const Value* ahead, int64_t num_ahead) {
+    constexpr int64_t CACHE_LINE = 64 / sizeof(Value);
+    const int64_t steps = shape.input_size / amx::STEP;
+    const int64_t rows_a_step = (unwritten_.num_rows + steps - 1) / steps;
+    const int64_t lines_a_step = (num_ahead / CACHE_LINE + steps - 1) / steps;
+    const Value* strips[2] = {x + rows[0] * shape.x_stride, x + rows[1] * shape.x_stride};
+    const Value* lines[2] = {weight, weight + LINE * F::STEP};
+    amx::fill<STRIPS>(start);
+    for (int64_t step = 0; step < steps; ++step) {
+      for (int64_t line = 0; line < lines_a_step; ++line, ahead += CACHE_LINE) __builtin_prefetch(ahead, 0, 2);
+      amx::multiply_add<STRIPS, 2>(strips, shape.x_stride * sizeof(Value), lines, LINE_STRIDE);
+      for (int i = 0; i < 2; ++i) strips[i] += amx::STEP, lines[i] += amx::STEP * PANEL<F>;
+      write(rows_a_step);
+    }
+    write(unwritten_.num_rows);
+    float* sums = sums_[is_odd_ = !is_odd_];
+    amx::store<STRIPS, 2>({sums, sums + height_ * PANEL<F>}, PANEL<F> * sizeof(float));
+    return sums;
+  }
+
+  // The next of the rows that are not yet written.
+  ALWAYS_INLINE void write(int64_t count) {
+    Unwritten& all = unwritten_;
+    for (; count > 0 && all.row < all.num_rows; --count, ++all.row) {
+      const float* source = all.sums + all.row * PANEL<F>;
+      Value* target =
+          all.row < height_ ? all.strips[0] + all.row * all.stride : all.strips[1] + (all.row - height_) * all.stride;
+      Value values[PANEL<F>];
+      Value* packed = all.width == PANEL<F> ? target : values;
+      for (int64_t line = 0; line < F::LINES; ++line) F::pack(source + line * LINE, packed + line * LINE);
+      if (packed == values) std::copy_n(values, all.width, target);
+    }
+  }
+
+  const int64_t height_;  // of a strip
+  const amx::Tiles tiles_;
+  Unwritten unwritten_{};
+  bool is_odd_ = false;
+  alignas(64) float sums_[2][2 * amx::STRIP * PANEL<F>];  // the last strips' and those before
+};
+
+}  // namespace linear
+}  // namespace
+
+#endif
