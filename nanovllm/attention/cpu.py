@@ -19,6 +19,7 @@ class CPUBackend(AttentionBackend):
     """One kernel for prefill chunks and decodes; a row's result is the same, bit for bit, whatever else is in the batch."""
 
     HAS_PRODUCTS: ClassVar[bool] = True
+    DEFAULT_BLOCK_SIZE: ClassVar[int] = 32  # AMX weighs V of as many tokens at once
 
     def __init__(self, spec: AttentionSpec) -> None:
         super().__init__(spec)
@@ -48,10 +49,11 @@ class CPUBackend(AttentionBackend):
             use_whole_layers(model, self._kernels, self.scale)
 
     def allocate_cache(self, num_blocks: int) -> Tensor:
-        """[num_blocks, num_kv_heads, block_size / 16, 2 (K, V), 16 * head_dim]: tiles, laid out inside by the kernel."""
+        """[num_blocks, num_kv_heads, 2 (K, V), block_size / 16, 16 * head_dim]: tiles, laid out inside by the kernel."""
         spec = self.spec
-        shape = (num_blocks, spec.num_kv_heads, spec.block_size // TILE, 2, TILE * spec.head_dim)
-        return torch.empty(shape, dtype=spec.dtype)
+        shape = (num_blocks, spec.num_kv_heads, 2, spec.block_size // TILE, TILE * spec.head_dim)
+        cache: Tensor = self._kernels.empty_lasting(shape, spec.dtype)
+        return cache
 
     def store(self, k: Tensor, v: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
         """See `AttentionBackend.store`."""

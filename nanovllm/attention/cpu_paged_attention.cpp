@@ -4,7 +4,7 @@
 // up to ROWS_PER_TASK rows of one sequence and KV head. It walks over the context in partitions of PARTITION tokens, and
 // in each over tiles of a few rows, so that K and V of a partition come from memory once and from the L2 cache then.
 //
-// Cache of one layer: [block, KV head, tile of 16 tokens, K then V], where STEP is 1, and 2 for the bf16 dot product:
+// Cache of one layer: [block, KV head, K then V, tile of 16 tokens], where STEP is 1, and 2 for the bf16 dot product and AMX:
 //     K of a tile: [head_dim / STEP, 16 tokens, STEP]     a step is multiplied with a query's dimension(s),
 //     V of a tile: [16 tokens / STEP, head_dim, STEP]     ... with a probability, or two:
 // so both products of attention are the same loop, over the lines of cpu_formats.h.
@@ -28,130 +28,21 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "../utils/cpu_formats.h"
 #include "../utils/cpu_math.h"
 #include "../utils/cpu_memory.h"
+#include "cpu_attention_products.h"
 
 namespace {
 
 using Vec = at::vec::Vectorized<float>;
 
-constexpr int64_t TILE = LINE;         // tokens in a tile of K and V
-constexpr int64_t PARTITION = 256;     // tokens that are reduced on their own; a change changes results by rounding
-constexpr int64_t MAX_TILES = PARTITION / TILE;
-constexpr int64_t ROWS_PER_TASK = 48;  // a multiple of every tile's rows
-constexpr int64_t MAX_HEAD_DIM = 256;
-// Values from one row of scores, probabilities or queries to the next: constants spare the inner loops a pointer a row, and
-// no power of two, or all rows would lie in the same few sets of the L1 cache.
-constexpr int64_t SCORE_STRIDE = PARTITION + TILE;
-constexpr int64_t QUERY_STRIDE = MAX_HEAD_DIM + TILE;
 constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
-
-#define NO_INLINE __attribute__((noinline))  // a function of its own for the inner loops: all registers are theirs
-
-// ---- the two products, for a tile of ROWS rows ----
-
-// sums[row][line] += values[row][s] * lines[line][s] for each step s. AHEAD: fetch the same lines of V and of the tiles
-// `ahead` meanwhile: decodes are bound by memory. Full tiles of rows, of which there are usually several, are not.
-template <class F, int64_t STRIDE, bool AHEAD, int ROWS, int LINES>
-ALWAYS_INLINE void accumulate(
-    typename F::Sums (&sums)[ROWS][LINES], const typename F::Value* values,
-    const typename F::Scalar* const (&lines)[LINES], int64_t line_stride, int64_t steps,
-    const typename F::Scalar* const (&ahead)[LINES]) {
-  for (int64_t step = 0; step < steps; ++step) {
-    typename F::Line line[LINES];
-#pragma GCC unroll 2
-    for (int l = 0; l < LINES; ++l) {
-      line[l] = F::load(lines[l] + step * line_stride);
-      if constexpr (AHEAD) {
-        __builtin_prefetch(lines[l] + (steps + step) * line_stride);  // V lies behind K
-        __builtin_prefetch(ahead[l] + step * line_stride);
-      }
-    }
-#pragma GCC unroll 12
-    for (int r = 0; r < ROWS; ++r) {
-      const auto operand = F::broadcast(values + r * STRIDE + step * F::STEP);
-#pragma GCC unroll 2
-      for (int l = 0; l < LINES; ++l) F::multiply_add(sums[r][l], operand, line[l]);
-    }
-  }
-}
-
-template <class F, int ROWS, int LINES>
-ALWAYS_INLINE void clear(typename F::Sums (&sums)[ROWS][LINES]) {
-#pragma GCC unroll 12
-  for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 2
-    for (int l = 0; l < LINES; ++l) sums[r][l] = F::zero();
-  }
-}
-
-template <class F, int ROWS, int LINES>
-ALWAYS_INLINE void put(const typename F::Sums (&sums)[ROWS][LINES], float* target, int64_t row_stride) {
-#pragma GCC unroll 12
-  for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 2
-    for (int l = 0; l < LINES; ++l) F::store(target + r * row_stride + l * TILE, sums[r][l]);
-  }
-}
-
-// What one partition of a context looks like to the kernel. tiles[num_tiles] is where to fetch from next.
 template <class F>
-struct Partition {
-  const typename F::Scalar* tiles[MAX_TILES + 1];
-  int64_t num_tiles;
-};
-
-template <class F, int ROWS, int LINES>
-ALWAYS_INLINE void score_tiles(
-    const typename F::Value* q, const Partition<F>& kv, int64_t tile, int64_t head_dim, float* scores) {
-  const typename F::Scalar *lines[LINES], *ahead[LINES];
-  for (int l = 0; l < LINES; ++l) {
-    lines[l] = kv.tiles[tile + l];
-    ahead[l] = kv.tiles[std::min(tile + l + LINES, kv.num_tiles)];
-  }
-  typename F::Sums sums[ROWS][LINES];
-  clear<F, ROWS, LINES>(sums);
-  const int64_t steps = head_dim / F::STEP;
-  accumulate<F, QUERY_STRIDE, (ROWS < F::ROWS)>(sums, q, lines, TILE * F::STEP, steps, ahead);
-  put<F, ROWS, LINES>(sums, scores + tile * TILE, SCORE_STRIDE);
-}
-
-// scores[row][token] = q[row] . k[token] for the first num_tiles tiles. q: [ROWS][QUERY_STRIDE].
-template <class F, int ROWS>
-NO_INLINE void score(const typename F::Value* q, const Partition<F>& kv, int64_t num_tiles, int64_t head_dim, float* scores) {
-  int64_t tile = 0;
-  for (; tile + F::LINES <= num_tiles; tile += F::LINES) {
-    score_tiles<F, ROWS, F::LINES>(q, kv, tile, head_dim, scores);
-  }
-  for (; tile < num_tiles; ++tile) score_tiles<F, ROWS, 1>(q, kv, tile, head_dim, scores);
-}
-
-template <class F, int ROWS, int LINES>
-ALWAYS_INLINE void weigh_lines(
-    const typename F::Value* p, const Partition<F>& kv, int64_t num_tiles, int64_t dim, int64_t head_dim, float* out) {
-  typename F::Sums sums[ROWS][LINES];
-  clear<F, ROWS, LINES>(sums);
-  for (int64_t tile = 0; tile < num_tiles; ++tile) {
-    const typename F::Scalar* lines[LINES];
-    for (int l = 0; l < LINES; ++l) lines[l] = kv.tiles[tile] + TILE * head_dim + (dim + l * TILE) * F::STEP;
-    constexpr int64_t STEPS = TILE / F::STEP;
-    accumulate<F, SCORE_STRIDE, false>(sums, p + tile * TILE, lines, head_dim * F::STEP, STEPS, lines);
-  }
-  put<F, ROWS, LINES>(sums, out + dim, head_dim);
-}
-
-// out[row] = sum of p[row][token] * v[token] over the first num_tiles tiles. p: [ROWS][SCORE_STRIDE].
-template <class F, int ROWS>
-NO_INLINE void weigh(const typename F::Value* p, const Partition<F>& kv, int64_t num_tiles, int64_t head_dim, float* out) {
-  int64_t dim = 0;
-  for (; dim + F::LINES * TILE <= head_dim; dim += F::LINES * TILE) {
-    weigh_lines<F, ROWS, F::LINES>(p, kv, num_tiles, dim, head_dim, out);
-  }
-  for (; dim < head_dim; dim += TILE) weigh_lines<F, ROWS, 1>(p, kv, num_tiles, dim, head_dim, out);
-}
+constexpr int64_t ROWS_PER_TASK = F::BY_AMX ? 128 : 48;  // a multiple of a tile's rows
 
 // ---- softmax ----
 
@@ -241,7 +132,7 @@ void merge(Reduced& total, float* total_out, const Reduced& part, const float* p
 struct Shape {
   int64_t num_heads, num_kv_heads, head_dim, block_size;
   int64_t group() const { return num_heads / num_kv_heads; }
-  int64_t tile_size() const { return 2 * TILE * head_dim; }  // K and V
+  int64_t v_offset() const { return block_size * head_dim; }  // from K of a tile to its V
 };
 
 // Rows of one sequence and KV head, and the partitions of their context to reduce.
@@ -273,10 +164,10 @@ struct Batch {
     return (task.kv_head * shape.group() + row % shape.group()) * shape.head_dim;
   }
   int64_t token(const Task& task, int64_t row) const { return cu_seqlens_q[task.seq] + row / shape.group(); }
-  const Scalar* tile(const Task& task, int64_t position) const {
+  const Scalar* k_tile(const Task& task, int64_t position) const {
     const int64_t block = block_tables[task.seq * block_table_stride + position / shape.block_size];
-    const int64_t tile = (block * shape.num_kv_heads + task.kv_head) * shape.block_size + position % shape.block_size;
-    return cache + tile / TILE * shape.tile_size();
+    const int64_t head = block * shape.num_kv_heads + task.kv_head;
+    return cache + (2 * head * shape.block_size + position % shape.block_size / TILE * TILE) * shape.head_dim;
   }
   void write(const Task& task, int64_t row, const Reduced& reduced, const float* weighted) const {
     Scalar* target = out + token(task, row) * out_stride + head_offset(task, row);
@@ -297,9 +188,7 @@ class Worker {
   using Value = typename F::Value;
 
   Worker(const Batch<F>& batch, Reduced* partials, float* partial_outs)
-      : batch_(batch), partials_(partials), partial_outs_(partial_outs), head_dim_(batch.shape.head_dim),
-        q_(ROWS_PER_TASK * QUERY_STRIDE), totals_(ROWS_PER_TASK * head_dim_), out_(F::ROWS * head_dim_),
-        scores_(F::ROWS * SCORE_STRIDE), p_(F::ROWS * SCORE_STRIDE), last_tile_(batch.shape.tile_size()) {}
+      : batch_(batch), partials_(partials), partial_outs_(partial_outs), head_dim_(batch.shape.head_dim) {}
 
   void run(const Task& task, const Scalar* next_task) {
     load_queries(task);
@@ -330,31 +219,37 @@ class Worker {
     const int64_t visible = batch_.visible(task.seq, task.first_row + task.num_rows - 1);
     const int64_t end = std::min(visible, begin + PARTITION);
     kv_.num_tiles = 0;
-    for (int64_t position = begin; position < end; position += TILE) {
-      kv_.tiles[kv_.num_tiles++] = batch_.tile(task, position);
-    }
-    kv_.tiles[kv_.num_tiles] = end < visible ? batch_.tile(task, end) : next_task;
-    const int64_t num_written = batch_.context_lens[task.seq] - (end - 1) / TILE * TILE;  // in the last tile
-    if (num_written < TILE) kv_.tiles[kv_.num_tiles - 1] = without_unwritten(kv_.tiles[kv_.num_tiles - 1], num_written);
-  }
-
-  // A copy of a tile with V of 0 behind its first tokens.
-  const Scalar* without_unwritten(const Scalar* tile, int64_t num_written) {
-    std::copy(tile, tile + batch_.shape.tile_size(), last_tile_.data());
-    Scalar* v = last_tile_.data() + TILE * head_dim_;
-    for (int64_t token = num_written; token < TILE; ++token) {
-      for (int64_t d = 0; d < head_dim_; ++d) {
-        v[(token / F::STEP * head_dim_ + d) * F::STEP + token % F::STEP] = Scalar(0.0f);
+    for (int64_t first = begin; first < end; first += SPAN<F>) {
+      for (int64_t position = first; position < first + SPAN<F>; position += TILE, ++kv_.num_tiles) {
+        kv_.k[kv_.num_tiles] = batch_.k_tile(task, position);
+        kv_.v[kv_.num_tiles] = kv_.k[kv_.num_tiles] + batch_.shape.v_offset();
       }
     }
-    return last_tile_.data();
+    kv_.k[kv_.num_tiles] = end < visible ? batch_.k_tile(task, end) : next_task;
+    const int64_t num_written = batch_.context_lens[task.seq] - (end - 1) / SPAN<F> * SPAN<F>;  // in the last span
+    if (num_written < SPAN<F>) leave_out_unwritten(num_written);
+  }
+
+  // Let V of the last span be a copy with 0 behind its first tokens.
+  void leave_out_unwritten(int64_t num_written) {
+    const int64_t first_tile = kv_.num_tiles - SPAN<F> / TILE;
+    std::copy_n(kv_.v[first_tile], SPAN<F> * head_dim_, last_v_);
+    for (int64_t token = num_written; token < SPAN<F>; ++token) {
+      for (int64_t d = 0; d < head_dim_; ++d) {
+        last_v_[(token / F::STEP * head_dim_ + d) * F::STEP + token % F::STEP] = Scalar(0.0f);
+      }
+    }
+    for (int64_t tile = first_tile; tile < kv_.num_tiles; ++tile) {
+      kv_.v[tile] = last_v_ + (tile - first_tile) * TILE * head_dim_;
+    }
   }
 
   // Reduce a partition for a tile of rows, from `row` of the task on.
   void reduce_rows(const Task& task, int64_t partition, int64_t row, int64_t num_rows) {
     const int64_t begin = partition * PARTITION;
     const int64_t visible = batch_.visible(task.seq, task.first_row + row + num_rows - 1) - begin;
-    const int64_t num_tiles = std::clamp<int64_t>((visible + TILE - 1) / TILE, 0, kv_.num_tiles);
+    const int64_t num_spans = (visible + SPAN<F> - 1) / SPAN<F>;
+    const int64_t num_tiles = std::clamp<int64_t>(num_spans * SPAN<F> / TILE, 0, kv_.num_tiles);
     Reduced parts[F::ROWS];
     if (num_tiles > 0) compute(row, num_rows, num_tiles, [&](int64_t i) {
       const int64_t num_valid = batch_.visible(task.seq, task.first_row + row + i) - begin;
@@ -376,11 +271,21 @@ class Worker {
   // Scores, softmax of each row, weighted sum of V: by the smallest kernel that has the rows.
   template <class Softmax>
   void compute(int64_t row, int64_t num_rows, int64_t num_tiles, const Softmax& softmax_of) {
-    const auto with_rows = [&]<int ROWS>() {
-      const Value* q = &q_[row * QUERY_STRIDE];
-      score<F, ROWS>(q, kv_, num_tiles, head_dim_, scores_.data());
+    const Value* q = &q_[row * QUERY_STRIDE];
+#ifdef NANOVLLM_AMX
+    if constexpr (F::BY_AMX) {
+      tiles_.set_rows(std::min(amx::STRIP, num_rows));
+      const bool is_one = num_rows <= amx::STRIP;
+      (is_one ? score_strips<1> : score_strips<2>)(q, num_rows, kv_, num_tiles, head_dim_, scores_);
       for (int64_t i = 0; i < num_rows; ++i) softmax_of(i);
-      weigh<F, ROWS>(p_.data(), kv_, num_tiles, head_dim_, out_.data());
+      (is_one ? weigh_strips<1> : weigh_strips<2>)(p_, num_rows, kv_, num_tiles, head_dim_, out_);
+      return;
+    }
+#endif
+    const auto with_rows = [&]<int ROWS>() {
+      score<F, ROWS>(q, kv_, num_tiles, head_dim_, scores_);
+      for (int64_t i = 0; i < num_rows; ++i) softmax_of(i);
+      weigh<F, ROWS>(p_, kv_, num_tiles, head_dim_, out_);
     };
     if (num_rows == 1) return with_rows.template operator()<1>();
     if (num_rows == 2) return with_rows.template operator()<2>();
@@ -398,13 +303,16 @@ class Worker {
   float* partial_outs_;
   const int64_t head_dim_;
   Partition<F> kv_;
-  Reduced reduced_[ROWS_PER_TASK];
-  std::vector<Value> q_;           // [ROWS_PER_TASK, QUERY_STRIDE]
-  std::vector<float> totals_;      // [ROWS_PER_TASK, head_dim]
-  std::vector<float> out_;         // [ROWS, head_dim]: of the partition
-  std::vector<float> scores_;      // [ROWS, SCORE_STRIDE]
-  std::vector<Value> p_;           // [ROWS, SCORE_STRIDE]
-  std::vector<Scalar> last_tile_;  // a tile without what was never written
+  Reduced reduced_[ROWS_PER_TASK<F>];
+  alignas(64) Value q_[ROWS_PER_TASK<F> * QUERY_STRIDE];
+  alignas(64) Value p_[F::ROWS * SCORE_STRIDE];
+  alignas(64) float scores_[F::ROWS * SCORE_STRIDE];
+  alignas(64) float out_[F::ROWS * MAX_HEAD_DIM];  // [num_rows, head_dim]: of the partition
+  alignas(64) float totals_[ROWS_PER_TASK<F> * MAX_HEAD_DIM];
+  alignas(64) Scalar last_v_[SPAN<F> * MAX_HEAD_DIM];
+#ifdef NANOVLLM_AMX
+  std::conditional_t<F::BY_AMX, amx::Tiles, std::nullptr_t> tiles_{};
+#endif
 };
 
 // All tasks of a step, each over its whole context.
@@ -414,8 +322,8 @@ std::vector<Task> list_tasks(const Batch<F>& batch) {
   for (int64_t seq = 0; seq < batch.num_seqs; ++seq) {
     const int64_t rows = (batch.cu_seqlens_q[seq + 1] - batch.cu_seqlens_q[seq]) * batch.shape.group();
     for (int64_t kv_head = 0; kv_head < batch.shape.num_kv_heads; ++kv_head) {
-      for (int64_t first = 0; first < rows; first += ROWS_PER_TASK) {
-        const int64_t num_rows = std::min(ROWS_PER_TASK, rows - first);
+      for (int64_t first = 0; first < rows; first += ROWS_PER_TASK<F>) {
+        const int64_t num_rows = std::min(ROWS_PER_TASK<F>, rows - first);
         const int64_t visible = batch.visible(seq, first + num_rows - 1);
         tasks.push_back({seq, kv_head, first, num_rows, 0, (visible + PARTITION - 1) / PARTITION, -1});
       }
@@ -495,7 +403,7 @@ void attend_batch(const Batch<F>& batch) {
       const Task& task = tasks[next];
       next = counter++;  // known before the work begins, so that its first tile can be fetched at the end
       const bool has_next = next < num_tasks && tasks[next].end_partition > tasks[next].first_partition;
-      worker.run(task, has_next ? batch.tile(tasks[next], tasks[next].first_partition * PARTITION) : batch.cache);
+      worker.run(task, has_next ? batch.k_tile(tasks[next], tasks[next].first_partition * PARTITION) : batch.cache);
     }
   });
   at::parallel_for(0, split.size(), 1, [&](int64_t begin, int64_t end) {
@@ -517,9 +425,9 @@ void store_tokens(
     const int64_t slot = slots[token];
     if (slot < 0) return;
     const int64_t block = slot / shape.block_size, offset = slot % shape.block_size, t = offset % TILE;
-    const int64_t tile = ((block * shape.num_kv_heads + head) * shape.block_size + offset) / TILE;
-    Scalar* k_tile = cache_data + tile * shape.tile_size() + t * F::STEP;
-    Scalar* v_tile = cache_data + tile * shape.tile_size() + TILE * head_dim + t / F::STEP * head_dim * F::STEP + t % F::STEP;
+    Scalar* k_block = cache_data + 2 * (block * shape.num_kv_heads + head) * shape.v_offset();
+    Scalar* k_tile = k_block + offset / TILE * TILE * head_dim + t * F::STEP;
+    Scalar* v_tile = k_block + shape.v_offset() + offset / F::STEP * head_dim * F::STEP + t % F::STEP;
     const Scalar* k_head = k_data + token * k_stride + head * head_dim;
     const Scalar* v_head = v_data + token * v_stride + head * head_dim;
     for (int64_t d = 0; d < head_dim; d += F::STEP) {
@@ -547,12 +455,15 @@ void check_heads(const at::Tensor& tensor, const at::Tensor& cache, const char* 
   TORCH_CHECK(together, name, ": the heads of a token must lie together");
 }
 
-// cache: [num_blocks, num_kv_heads, block_size / 16, 2, 16 * head_dim].
+// cache: [num_blocks, num_kv_heads, 2, block_size / 16, 16 * head_dim].
 Shape shape_of(const at::Tensor& cache, int64_t num_heads) {
-  TORCH_CHECK(cache.dim() == 5 && cache.is_contiguous(), "not a cache of this backend");
+  TORCH_CHECK(cache.dim() == 5 && cache.is_contiguous() && cache.size(2) == 2, "not a cache of this backend");
   TORCH_CHECK(cache.size(4) <= TILE * MAX_HEAD_DIM, "heads have ", MAX_HEAD_DIM, " dimensions at most");
-  return {num_heads, cache.size(1), cache.size(4) / TILE, cache.size(2) * TILE};
+  return {num_heads, cache.size(1), cache.size(4) / TILE, cache.size(3) * TILE};
 }
+
+// Values of a row that both products take, for with_format: of a query, or of V's tokens in a block.
+int64_t row_size(const Shape& shape) { return std::gcd(shape.head_dim, shape.block_size); }
 
 void store(const at::Tensor& k, const at::Tensor& v, at::Tensor cache, const at::Tensor& slot_mapping) {
   check_heads(k, cache, "k");
@@ -561,7 +472,7 @@ void store(const at::Tensor& k, const at::Tensor& v, at::Tensor cache, const at:
   TORCH_CHECK(slot_mapping.size(0) == k.size(0) && v.sizes() == k.sizes(), "k, v and slot_mapping differ in length");
   const Shape shape = shape_of(cache, k.size(1));
   TORCH_CHECK(k.size(1) == shape.num_kv_heads && k.size(2) == shape.head_dim, "k does not fit the cache");
-  with_format(cache, true, 1, "kernel for", [&]<class F>() { store_tokens<F>(k, v, cache, slot_mapping, shape); });
+  with_format(cache, true, row_size(shape), "kernel for", [&]<class F>() { store_tokens<F>(k, v, cache, slot_mapping, shape); });
 }
 
 void attend(
@@ -575,7 +486,7 @@ void attend(
   TORCH_CHECK(block_tables.stride(1) == 1 || block_tables.size(1) == 1, "rows of block_tables must be contiguous");
   const int64_t num_seqs = context_lens.size(0);
   TORCH_CHECK(cu_seqlens_q.size(0) == num_seqs + 1 && block_tables.size(0) == num_seqs, "not one batch");
-  with_format(q, true, 1, "kernel for", [&]<class F>() {
+  with_format(q, true, row_size(shape), "kernel for", [&]<class F>() {
     using Scalar = typename F::Scalar;
     attend_batch<F>({
         shape, static_cast<float>(scale), q.const_data_ptr<Scalar>(), q.stride(0), cache.const_data_ptr<Scalar>(),
@@ -589,6 +500,7 @@ void attend(
 
 // NANOVLLM_OPS: the namespace of the operators, of each build its own.
 TORCH_LIBRARY_FRAGMENT(NANOVLLM_OPS, library) {
+  library.def("empty_lasting(int[] sizes, ScalarType dtype) -> Tensor", &memory::empty_lasting);
   library.def("store(Tensor k, Tensor v, Tensor(a!) cache, Tensor slot_mapping) -> ()", &store);
   library.def(
       "attend(Tensor q, Tensor cache, Tensor(a!) out, Tensor cu_seqlens_q, Tensor context_lens, Tensor block_tables, "

@@ -33,7 +33,7 @@ class AmxPanels {
     return rows / F::ROWS * F::ROWS;
   }
 
-  explicit AmxPanels(int64_t num_rows) : height_(std::min(amx::STRIP, num_rows)), tiles_(height_, amx::STEP) {}
+  explicit AmxPanels(int64_t num_rows) : height_(std::min(amx::STRIP, num_rows)) { tiles_.set_rows(height_); }
   ~AmxPanels() { write(unwritten_.num_rows); }
 
   // As multiply_panel, for all rows of the shape, as many as a strip has at least.
@@ -100,7 +100,7 @@ class AmxPanels {
   }
 
   const int64_t height_;  // of a strip
-  const amx::Tiles tiles_;
+  amx::Tiles tiles_;
   Unwritten unwritten_{};
   bool is_odd_ = false;
   alignas(64) float sums_[2][2 * amx::STRIP * PANEL<F>];  // the last strips' and those before

@@ -36,23 +36,25 @@ bool is_available() {
 }
 #endif
 
-// While it lives, tiles have strips of `rows` rows, 16 at most, and take `step` values of each at once.
+// A thread's tiles, to be used while this lives.
 class Tiles {
  public:
-  Tiles(int64_t rows, int64_t step) {
-    for (int sums = 0; sums < 4; ++sums) set(sums, rows, STRIP * sizeof(float));
-    for (int strip = 4; strip < 6; ++strip) set(strip, rows, step * 2);
-    for (int line = 6; line < 8; ++line) set(line, step / 2, STRIP * 4);
-    _tile_loadconfig(&shapes_);
-  }
+  Tiles() = default;
   ~Tiles() { _tile_release(); }
   Tiles(const Tiles&) = delete;
 
- private:
-  void set(int tile, int64_t rows, int64_t bytes) {
-    shapes_.rows[tile] = static_cast<uint8_t>(rows);
-    shapes_.bytes[tile] = static_cast<uint16_t>(bytes);
+  // Strips have `rows` rows from now on, 1 to 16.
+  void set_rows(int64_t rows) {
+    if (rows == shapes_.rows[0]) return;
+    for (int tile = 0; tile < 8; ++tile) {
+      const bool is_line = tile >= 6;
+      shapes_.rows[tile] = static_cast<uint8_t>(is_line ? STEP / 2 : rows);
+      shapes_.bytes[tile] = 64;
+    }
+    _tile_loadconfig(&shapes_);
   }
+
+ private:
   struct alignas(64) {  // the processor's format
     uint8_t palette = 1, start = 0, reserved[14] = {};
     uint16_t bytes[16] = {};

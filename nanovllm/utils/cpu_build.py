@@ -33,6 +33,7 @@ SOURCES = (
     PACKAGE / "utils" / "cpu_formats.h",
     PACKAGE / "utils" / "cpu_math.h",
     PACKAGE / "utils" / "cpu_memory.h",
+    PACKAGE / "attention" / "cpu_attention_products.h",
     PACKAGE / "attention" / "cpu_paged_attention.cpp",
     PACKAGE / "layers" / "cpu_layers.cpp",
     PACKAGE / "layers" / "cpu_panels.h",

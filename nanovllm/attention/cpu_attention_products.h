@@ -1,0 +1,185 @@
+// The two products of attention, for a tile of rows: scores with K, and the sum of V weighted by probabilities. See
+// cpu_paged_attention.cpp.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../utils/cpu_amx.h"
+#include "../utils/cpu_formats.h"
+#include "../utils/cpu_math.h"
+
+namespace {
+
+constexpr int64_t TILE = LINE;      // tokens in a tile of K
+constexpr int64_t PARTITION = 256;  // tokens that are reduced on their own; a change changes results by rounding
+constexpr int64_t MAX_TILES = PARTITION / TILE;
+constexpr int64_t MAX_HEAD_DIM = 256;
+// Values from one row of scores, probabilities or queries to the next: constants spare the inner loops a pointer a row, and
+// no power of two, or all rows would lie in the same few sets of the L1 cache. They begin with a line of the cache.
+constexpr int64_t SCORE_STRIDE = PARTITION + 2 * TILE;
+constexpr int64_t QUERY_STRIDE = MAX_HEAD_DIM + 2 * TILE;
+
+#define NO_INLINE __attribute__((noinline))  // a function of its own for the inner loops: all registers are theirs
+
+// ---- the two products, for a tile of ROWS rows ----
+
+// Tokens that both products take at once: AMX weighs V of two tiles.
+template <class F>
+constexpr int64_t SPAN = F::BY_AMX ? amx::STEP : TILE;
+
+// What one partition of a context looks like to the kernel: where each tile's K and V are. k[num_tiles] is where to fetch
+// from next.
+template <class F>
+struct Partition {
+  const typename F::Scalar *k[MAX_TILES + 1], *v[MAX_TILES];
+  int64_t num_tiles;
+};
+
+// sums[row][line] += values[row][s] * lines[line][s] for each step s. AHEAD: fetch the same lines of their V and of the K
+// `ahead` meanwhile: decodes are bound by memory. Full tiles of rows, of which there are usually several, are not.
+template <class F, int64_t STRIDE, bool AHEAD, int ROWS, int LINES>
+ALWAYS_INLINE void accumulate(
+    typename F::Sums (&sums)[ROWS][LINES], const typename F::Value* values,
+    const typename F::Scalar* const (&lines)[LINES], int64_t line_stride, int64_t steps,
+    const typename F::Scalar* const (&v)[LINES], const typename F::Scalar* const (&ahead)[LINES]) {
+  for (int64_t step = 0; step < steps; ++step) {
+    typename F::Line line[LINES];
+#pragma GCC unroll 2
+    for (int l = 0; l < LINES; ++l) {
+      line[l] = F::load(lines[l] + step * line_stride);
+      if constexpr (AHEAD) {
+        __builtin_prefetch(v[l] + step * line_stride);
+        __builtin_prefetch(ahead[l] + step * line_stride);
+      }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; ++r) {
+      const auto operand = F::broadcast(values + r * STRIDE + step * F::STEP);
+#pragma GCC unroll 2
+      for (int l = 0; l < LINES; ++l) F::multiply_add(sums[r][l], operand, line[l]);
+    }
+  }
+}
+
+template <class F, int ROWS, int LINES>
+ALWAYS_INLINE void clear(typename F::Sums (&sums)[ROWS][LINES]) {
+#pragma GCC unroll 12
+  for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 2
+    for (int l = 0; l < LINES; ++l) sums[r][l] = F::zero();
+  }
+}
+
+template <class F, int ROWS, int LINES>
+ALWAYS_INLINE void put(const typename F::Sums (&sums)[ROWS][LINES], float* target, int64_t row_stride) {
+#pragma GCC unroll 12
+  for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 2
+    for (int l = 0; l < LINES; ++l) F::store(target + r * row_stride + l * TILE, sums[r][l]);
+  }
+}
+
+template <class F, int ROWS, int LINES>
+ALWAYS_INLINE void score_tiles(
+    const typename F::Value* q, const Partition<F>& kv, int64_t tile, int64_t head_dim, float* scores) {
+  const typename F::Scalar *lines[LINES], *v[LINES], *ahead[LINES];
+  for (int l = 0; l < LINES; ++l) {
+    lines[l] = kv.k[tile + l];
+    v[l] = kv.v[tile + l];
+    ahead[l] = kv.k[std::min(tile + l + LINES, kv.num_tiles)];
+  }
+  typename F::Sums sums[ROWS][LINES];
+  clear<F, ROWS, LINES>(sums);
+  const int64_t steps = head_dim / F::STEP;
+  accumulate<F, QUERY_STRIDE, (ROWS < F::ROWS)>(sums, q, lines, TILE * F::STEP, steps, v, ahead);
+  put<F, ROWS, LINES>(sums, scores + tile * TILE, SCORE_STRIDE);
+}
+
+// scores[row][token] = q[row] . k[token] for the first num_tiles tiles. q: [ROWS][QUERY_STRIDE].
+template <class F, int ROWS>
+NO_INLINE void score(const typename F::Value* q, const Partition<F>& kv, int64_t num_tiles, int64_t head_dim, float* scores) {
+  int64_t tile = 0;
+  for (; tile + F::LINES <= num_tiles; tile += F::LINES) {
+    score_tiles<F, ROWS, F::LINES>(q, kv, tile, head_dim, scores);
+  }
+  for (; tile < num_tiles; ++tile) score_tiles<F, ROWS, 1>(q, kv, tile, head_dim, scores);
+}
+
+template <class F, int ROWS, int LINES>
+ALWAYS_INLINE void weigh_lines(
+    const typename F::Value* p, const Partition<F>& kv, int64_t num_tiles, int64_t dim, int64_t head_dim, float* out) {
+  typename F::Sums sums[ROWS][LINES];
+  clear<F, ROWS, LINES>(sums);
+  for (int64_t tile = 0; tile < num_tiles; ++tile) {
+    const typename F::Scalar* lines[LINES];
+    for (int l = 0; l < LINES; ++l) lines[l] = kv.v[tile] + (dim + l * TILE) * F::STEP;
+    constexpr int64_t STEPS = TILE / F::STEP;
+    accumulate<F, SCORE_STRIDE, false>(sums, p + tile * TILE, lines, head_dim * F::STEP, STEPS, lines, lines);
+  }
+  put<F, ROWS, LINES>(sums, out + dim, head_dim);
+}
+
+// out[row] = sum of p[row][token] * v[token] over the first num_tiles tiles. p: [ROWS][SCORE_STRIDE].
+template <class F, int ROWS>
+NO_INLINE void weigh(const typename F::Value* p, const Partition<F>& kv, int64_t num_tiles, int64_t head_dim, float* out) {
+  int64_t dim = 0;
+  for (; dim + F::LINES * TILE <= head_dim; dim += F::LINES * TILE) {
+    weigh_lines<F, ROWS, F::LINES>(p, kv, num_tiles, dim, head_dim, out);
+  }
+  for (; dim < head_dim; dim += TILE) weigh_lines<F, ROWS, 1>(p, kv, num_tiles, dim, head_dim, out);
+}
+
+// ---- the same by AMX, for 1 to 32 rows ----
+
+#ifdef NANOVLLM_AMX
+// Where the strips of some rows begin; see cpu_amx.h.
+template <class T>
+struct Strips {
+  T* rows[2];
+  Strips(T* first, int64_t num_rows, int64_t stride) : rows{first, first + std::max<int64_t>(0, num_rows - amx::STRIP) * stride} {}
+};
+
+template <int STRIPS>
+NO_INLINE void score_strips(
+    const at::BFloat16* q, int64_t num_rows, const Partition<AmxFormat>& kv, int64_t num_tiles, int64_t head_dim, float* scores) {
+  const Strips<const at::BFloat16> queries(q, num_rows, QUERY_STRIDE);
+  const Strips<float> sums(scores, num_rows, SCORE_STRIDE);
+  constexpr int64_t LINES = amx::STEP * TILE;  // values that a tile takes at once
+  for (int64_t tile = 0; tile < num_tiles; tile += 2) {
+    const at::BFloat16 *v[2] = {kv.v[tile], kv.v[tile + 1]}, *ahead[2];
+    for (int l = 0; l < 2; ++l) ahead[l] = kv.k[std::min(tile + l + 2, kv.num_tiles)];
+    amx::clear<STRIPS, 2>();
+    for (int64_t step = 0; step < head_dim / amx::STEP; ++step) {
+      if constexpr (STRIPS == 1) {
+        for (int64_t i = step * LINES; i < (step + 1) * LINES; i += amx::STEP) {
+#pragma GCC unroll 2
+          for (int l = 0; l < 2; ++l) __builtin_prefetch(v[l] + i), __builtin_prefetch(ahead[l] + i);
+        }
+      }
+      const at::BFloat16* rows[2] = {queries.rows[0] + step * amx::STEP, queries.rows[1] + step * amx::STEP};
+      const at::BFloat16* lines[2] = {kv.k[tile] + step * LINES, kv.k[tile + 1] + step * LINES};
+      amx::multiply_add<STRIPS, 2>(rows, QUERY_STRIDE * 2, lines, TILE * 4);
+    }
+    amx::store<STRIPS, 2>({sums.rows[0] + tile * TILE, sums.rows[1] + tile * TILE}, SCORE_STRIDE * sizeof(float));
+  }
+}
+
+template <int STRIPS>
+NO_INLINE void weigh_strips(
+    const at::BFloat16* p, int64_t num_rows, const Partition<AmxFormat>& kv, int64_t num_tiles, int64_t head_dim, float* out) {
+  const Strips<const at::BFloat16> probabilities(p, num_rows, SCORE_STRIDE);
+  const Strips<float> sums(out, num_rows, head_dim);
+  for (int64_t dim = 0; dim < head_dim; dim += 2 * TILE) {
+    amx::clear<STRIPS, 2>();
+    for (int64_t tile = 0; tile < num_tiles; tile += 2) {  // V of two tiles lies together
+      const at::BFloat16* rows[2] = {probabilities.rows[0] + tile * TILE, probabilities.rows[1] + tile * TILE};
+      const at::BFloat16* lines[2] = {kv.v[tile] + dim * 2, kv.v[tile] + (dim + TILE) * 2};
+      amx::multiply_add<STRIPS, 2>(rows, SCORE_STRIDE * 2, lines, head_dim * 4);
+    }
+    amx::store<STRIPS, 2>({sums.rows[0] + dim, sums.rows[1] + dim}, head_dim * sizeof(float));
+  }
+}
+#endif
+
+}  // namespace
