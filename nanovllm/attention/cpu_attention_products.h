@@ -28,30 +28,29 @@ constexpr int64_t QUERY_STRIDE = MAX_HEAD_DIM + 2 * TILE;
 template <class F>
 constexpr int64_t SPAN = F::BY_AMX ? amx::STEP : TILE;
 
-// What one partition of a context looks like to the kernel: where each tile's K and V are. k[num_tiles] is where to fetch
-// from next.
+// What one partition of a context looks like to the kernel: where each tile's K and V are.
 template <class F>
 struct Partition {
-  const typename F::Scalar *k[MAX_TILES + 1], *v[MAX_TILES];
+  const typename F::Scalar *k[MAX_TILES], *v[MAX_TILES];
   int64_t num_tiles;
+
+  // What to fetch in place of a tile: itself, where there is none.
+  const typename F::Scalar* k_or(int64_t tile, const typename F::Scalar* other) const { return tile < num_tiles ? k[tile] : other; }
 };
 
-// sums[row][line] += values[row][s] * lines[line][s] for each step s. AHEAD: fetch the same lines of their V and of the K
-// `ahead` meanwhile: decodes are bound by memory. Full tiles of rows, of which there are usually several, are not.
+// sums[row][line] += values[row][s] * lines[line][s] for each step s. AHEAD: fetch what lies alike in `ahead` meanwhile, for the
+// product that comes next: decodes are bound by memory. Full tiles of rows, of which there are usually several, are not.
 template <class F, int64_t STRIDE, bool AHEAD, int ROWS, int LINES>
 ALWAYS_INLINE void accumulate(
     typename F::Sums (&sums)[ROWS][LINES], const typename F::Value* values,
     const typename F::Scalar* const (&lines)[LINES], int64_t line_stride, int64_t steps,
-    const typename F::Scalar* const (&v)[LINES], const typename F::Scalar* const (&ahead)[LINES]) {
+    const typename F::Scalar* const (&ahead)[LINES]) {
   for (int64_t step = 0; step < steps; ++step) {
     typename F::Line line[LINES];
 #pragma GCC unroll 2
     for (int l = 0; l < LINES; ++l) {
       line[l] = F::load(lines[l] + step * line_stride);
-      if constexpr (AHEAD) {
-        __builtin_prefetch(v[l] + step * line_stride);
-        __builtin_prefetch(ahead[l] + step * line_stride);
-      }
+      if constexpr (AHEAD) __builtin_prefetch(ahead[l] + step * line_stride);
     }
 #pragma GCC unroll 12
     for (int r = 0; r < ROWS; ++r) {
@@ -83,20 +82,19 @@ ALWAYS_INLINE void put(const typename F::Sums (&sums)[ROWS][LINES], float* targe
 template <class F, int ROWS, int LINES>
 ALWAYS_INLINE void score_tiles(
     const typename F::Value* q, const Partition<F>& kv, int64_t tile, int64_t head_dim, float* scores) {
-  const typename F::Scalar *lines[LINES], *v[LINES], *ahead[LINES];
+  const typename F::Scalar *lines[LINES], *v[LINES];
   for (int l = 0; l < LINES; ++l) {
     lines[l] = kv.k[tile + l];
     v[l] = kv.v[tile + l];
-    ahead[l] = kv.k[std::min(tile + l + LINES, kv.num_tiles)];
   }
   typename F::Sums sums[ROWS][LINES];
   clear<F, ROWS, LINES>(sums);
   const int64_t steps = head_dim / F::STEP;
-  accumulate<F, QUERY_STRIDE, (ROWS < F::ROWS)>(sums, q, lines, TILE * F::STEP, steps, v, ahead);
+  accumulate<F, QUERY_STRIDE, (ROWS < F::ROWS)>(sums, q, lines, TILE * F::STEP, steps, v);
   put<F, ROWS, LINES>(sums, scores + tile * TILE, SCORE_STRIDE);
 }
 
-// scores[row][token] = q[row] . k[token] for the first num_tiles tiles. q: [ROWS][QUERY_STRIDE].
+// scores[row][token] = q[row] . k[token] for the first num_tiles tiles. q: [ROWS][QUERY_STRIDE]. Meanwhile V is fetched.
 template <class F, int ROWS>
 NO_INLINE void score(const typename F::Value* q, const Partition<F>& kv, int64_t num_tiles, int64_t head_dim, float* scores) {
   int64_t tile = 0;
@@ -108,26 +106,33 @@ NO_INLINE void score(const typename F::Value* q, const Partition<F>& kv, int64_t
 
 template <class F, int ROWS, int LINES>
 ALWAYS_INLINE void weigh_lines(
-    const typename F::Value* p, const Partition<F>& kv, int64_t num_tiles, int64_t dim, int64_t head_dim, float* out) {
+    const typename F::Value* p, const Partition<F>& kv, const Partition<F>& next, int64_t num_tiles, int64_t dim,
+    int64_t head_dim, float* out) {
   typename F::Sums sums[ROWS][LINES];
   clear<F, ROWS, LINES>(sums);
   for (int64_t tile = 0; tile < num_tiles; ++tile) {
-    const typename F::Scalar* lines[LINES];
-    for (int l = 0; l < LINES; ++l) lines[l] = kv.v[tile] + (dim + l * TILE) * F::STEP;
+    const typename F::Scalar *lines[LINES], *ahead[LINES];
+    for (int l = 0; l < LINES; ++l) {
+      lines[l] = kv.v[tile] + (dim + l * TILE) * F::STEP;
+      ahead[l] = next.k_or(tile, kv.v[tile]) + (dim + l * TILE) * F::STEP;
+    }
     constexpr int64_t STEPS = TILE / F::STEP;
-    accumulate<F, SCORE_STRIDE, false>(sums, p + tile * TILE, lines, head_dim * F::STEP, STEPS, lines, lines);
+    accumulate<F, SCORE_STRIDE, (ROWS < F::ROWS)>(sums, p + tile * TILE, lines, head_dim * F::STEP, STEPS, ahead);
   }
   put<F, ROWS, LINES>(sums, out + dim, head_dim);
 }
 
-// out[row] = sum of p[row][token] * v[token] over the first num_tiles tiles. p: [ROWS][SCORE_STRIDE].
+// out[row] = sum of p[row][token] * v[token] over the first num_tiles tiles. p: [ROWS][SCORE_STRIDE]. Meanwhile K of the next
+// partition is fetched.
 template <class F, int ROWS>
-NO_INLINE void weigh(const typename F::Value* p, const Partition<F>& kv, int64_t num_tiles, int64_t head_dim, float* out) {
+NO_INLINE void weigh(
+    const typename F::Value* p, const Partition<F>& kv, const Partition<F>& next, int64_t num_tiles, int64_t head_dim,
+    float* out) {
   int64_t dim = 0;
   for (; dim + F::LINES * TILE <= head_dim; dim += F::LINES * TILE) {
-    weigh_lines<F, ROWS, F::LINES>(p, kv, num_tiles, dim, head_dim, out);
+    weigh_lines<F, ROWS, F::LINES>(p, kv, next, num_tiles, dim, head_dim, out);
   }
-  for (; dim < head_dim; dim += TILE) weigh_lines<F, ROWS, 1>(p, kv, num_tiles, dim, head_dim, out);
+  for (; dim < head_dim; dim += TILE) weigh_lines<F, ROWS, 1>(p, kv, next, num_tiles, dim, head_dim, out);
 }
 
 // ---- the same by AMX, for 1 to 32 rows ----
@@ -140,6 +145,15 @@ struct Strips {
   Strips(T* first, int64_t num_rows, int64_t stride) : rows{first, first + std::max<int64_t>(0, num_rows - amx::STRIP) * stride} {}
 };
 
+// Bring what a tile takes at once of each of two into the second-level cache, into which all of a partition goes.
+ALWAYS_INLINE void fetch(const at::BFloat16* one, const at::BFloat16* other) {
+#pragma GCC unroll 16
+  for (int64_t line = 0; line < 16; ++line) {
+    __builtin_prefetch(one + line * amx::STEP, 0, 2);
+    __builtin_prefetch(other + line * amx::STEP, 0, 2);
+  }
+}
+
 template <int STRIPS>
 NO_INLINE void score_strips(
     const at::BFloat16* q, int64_t num_rows, const Partition<AmxFormat>& kv, int64_t num_tiles, int64_t head_dim, float* scores) {
@@ -147,16 +161,9 @@ NO_INLINE void score_strips(
   const Strips<float> sums(scores, num_rows, SCORE_STRIDE);
   constexpr int64_t LINES = amx::STEP * TILE;  // values that a tile takes at once
   for (int64_t tile = 0; tile < num_tiles; tile += 2) {
-    const at::BFloat16 *v[2] = {kv.v[tile], kv.v[tile + 1]}, *ahead[2];
-    for (int l = 0; l < 2; ++l) ahead[l] = kv.k[std::min(tile + l + 2, kv.num_tiles)];
     amx::clear<STRIPS, 2>();
     for (int64_t step = 0; step < head_dim / amx::STEP; ++step) {
-      if constexpr (STRIPS == 1) {
-        for (int64_t i = step * LINES; i < (step + 1) * LINES; i += amx::STEP) {
-#pragma GCC unroll 2
-          for (int l = 0; l < 2; ++l) __builtin_prefetch(v[l] + i), __builtin_prefetch(ahead[l] + i);
-        }
-      }
+      if constexpr (STRIPS == 1) fetch(kv.v[tile] + step * LINES, kv.v[tile + 1] + step * LINES);
       const at::BFloat16* rows[2] = {queries.rows[0] + step * amx::STEP, queries.rows[1] + step * amx::STEP};
       const at::BFloat16* lines[2] = {kv.k[tile] + step * LINES, kv.k[tile + 1] + step * LINES};
       amx::multiply_add<STRIPS, 2>(rows, QUERY_STRIDE * 2, lines, TILE * 4);
@@ -167,12 +174,14 @@ NO_INLINE void score_strips(
 
 template <int STRIPS>
 NO_INLINE void weigh_strips(
-    const at::BFloat16* p, int64_t num_rows, const Partition<AmxFormat>& kv, int64_t num_tiles, int64_t head_dim, float* out) {
+    const at::BFloat16* p, int64_t num_rows, const Partition<AmxFormat>& kv, const Partition<AmxFormat>& next,
+    int64_t num_tiles, int64_t head_dim, float* out) {
   const Strips<const at::BFloat16> probabilities(p, num_rows, SCORE_STRIDE);
   const Strips<float> sums(out, num_rows, head_dim);
   for (int64_t dim = 0; dim < head_dim; dim += 2 * TILE) {
     amx::clear<STRIPS, 2>();
     for (int64_t tile = 0; tile < num_tiles; tile += 2) {  // V of two tiles lies together
+      if constexpr (STRIPS == 1) fetch(next.k_or(tile, kv.v[tile]) + dim * TILE, next.k_or(tile + 1, kv.v[tile]) + dim * TILE);
       const at::BFloat16* rows[2] = {probabilities.rows[0] + tile * TILE, probabilities.rows[1] + tile * TILE};
       const at::BFloat16* lines[2] = {kv.v[tile] + dim * 2, kv.v[tile] + (dim + TILE) * 2};
       amx::multiply_add<STRIPS, 2>(rows, SCORE_STRIDE * 2, lines, head_dim * 4);

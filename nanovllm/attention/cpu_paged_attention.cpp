@@ -190,11 +190,16 @@ class Worker {
   Worker(const Batch<F>& batch, Reduced* partials, float* partial_outs)
       : batch_(batch), partials_(partials), partial_outs_(partial_outs), head_dim_(batch.shape.head_dim) {}
 
-  void run(const Task& task, const Scalar* next_task) {
+  // next_task: what comes then, if anything; what it reads first is fetched at the end.
+  void run(const Task& task, const Task* next_task) {
     load_queries(task);
     for (Reduced& reduced : reduced_) reduced = {};
+    find_tiles(task, task.first_partition, next_);
     for (int64_t partition = task.first_partition; partition < task.end_partition; ++partition) {
-      find_tiles(task, partition, next_task);
+      kv_ = next_;
+      if (partition + 1 < task.end_partition) find_tiles(task, partition + 1, next_);
+      else if (next_task != nullptr) find_tiles(*next_task, next_task->first_partition, next_);
+      else next_.num_tiles = 0;
       for (int64_t row = 0; row < task.num_rows; row += F::ROWS) {
         reduce_rows(task, partition, row, std::min<int64_t>(F::ROWS, task.num_rows - row));
       }
@@ -214,30 +219,30 @@ class Worker {
     }
   }
 
-  void find_tiles(const Task& task, int64_t partition, const Scalar* next_task) {
+  void find_tiles(const Task& task, int64_t partition, Partition<F>& kv) const {
     const int64_t begin = partition * PARTITION;
     const int64_t visible = batch_.visible(task.seq, task.first_row + task.num_rows - 1);
     const int64_t end = std::min(visible, begin + PARTITION);
-    kv_.num_tiles = 0;
+    kv.num_tiles = 0;
     for (int64_t first = begin; first < end; first += SPAN<F>) {
-      for (int64_t position = first; position < first + SPAN<F>; position += TILE, ++kv_.num_tiles) {
-        kv_.k[kv_.num_tiles] = batch_.k_tile(task, position);
-        kv_.v[kv_.num_tiles] = kv_.k[kv_.num_tiles] + batch_.shape.v_offset();
+      for (int64_t position = first; position < first + SPAN<F>; position += TILE, ++kv.num_tiles) {
+        const int64_t known = std::min(position, (end - 1) / TILE * TILE);  // the rest of a span need not be fetched
+        kv.k[kv.num_tiles] = batch_.k_tile(task, known);
+        kv.v[kv.num_tiles] = kv.k[kv.num_tiles] + batch_.shape.v_offset();
       }
     }
-    kv_.k[kv_.num_tiles] = end < visible ? batch_.k_tile(task, end) : next_task;
-    const int64_t num_written = batch_.context_lens[task.seq] - (end - 1) / SPAN<F> * SPAN<F>;  // in the last span
-    if (num_written < SPAN<F>) leave_out_unwritten(num_written);
   }
 
-  // Let V of the last span be a copy with 0 behind its first tokens.
-  void leave_out_unwritten(int64_t num_written) {
+  // Let V of the partition's last span be a copy with 0 behind what has been written of it.
+  void leave_out_unwritten(const Task& task, int64_t partition) {
     const int64_t first_tile = kv_.num_tiles - SPAN<F> / TILE;
-    std::copy_n(kv_.v[first_tile], SPAN<F> * head_dim_, last_v_);
-    for (int64_t token = num_written; token < SPAN<F>; ++token) {
-      for (int64_t d = 0; d < head_dim_; ++d) {
-        last_v_[(token / F::STEP * head_dim_ + d) * F::STEP + token % F::STEP] = Scalar(0.0f);
-      }
+    const int64_t num_written = batch_.context_lens[task.seq] - partition * PARTITION - first_tile * TILE;
+    if (num_written >= SPAN<F> || kv_.v[first_tile] == last_v_) return;
+    const int64_t num_steps = (num_written + F::STEP - 1) / F::STEP, size = head_dim_ * F::STEP;
+    std::copy_n(kv_.v[first_tile], num_steps * size, last_v_);
+    std::fill(last_v_ + num_steps * size, last_v_ + SPAN<F> * head_dim_, Scalar(0.0f));
+    for (int64_t token = num_written; token < num_steps * F::STEP; ++token) {
+      for (int64_t d = 0; d < head_dim_; ++d) last_v_[(num_steps - 1) * size + d * F::STEP + token % F::STEP] = Scalar(0.0f);
     }
     for (int64_t tile = first_tile; tile < kv_.num_tiles; ++tile) {
       kv_.v[tile] = last_v_ + (tile - first_tile) * TILE * head_dim_;
@@ -251,10 +256,13 @@ class Worker {
     const int64_t num_spans = (visible + SPAN<F> - 1) / SPAN<F>;
     const int64_t num_tiles = std::clamp<int64_t>(num_spans * SPAN<F> / TILE, 0, kv_.num_tiles);
     Reduced parts[F::ROWS];
-    if (num_tiles > 0) compute(row, num_rows, num_tiles, [&](int64_t i) {
-      const int64_t num_valid = batch_.visible(task.seq, task.first_row + row + i) - begin;
-      parts[i] = softmax<F>(
-          &scores_[i * SCORE_STRIDE], num_valid, num_tiles * TILE, batch_.scale, &p_[i * SCORE_STRIDE]);
+    if (num_tiles > 0) compute(row, num_rows, num_tiles, [&] {
+      leave_out_unwritten(task, partition);
+      for (int64_t i = 0; i < num_rows; ++i) {
+        const int64_t num_valid = batch_.visible(task.seq, task.first_row + row + i) - begin;
+        parts[i] = softmax<F>(
+            &scores_[i * SCORE_STRIDE], num_valid, num_tiles * TILE, batch_.scale, &p_[i * SCORE_STRIDE]);
+      }
     });
     for (int64_t i = 0; i < num_rows; ++i) {
       const float* out = &out_[i * head_dim_];
@@ -270,22 +278,22 @@ class Worker {
 
   // Scores, softmax of each row, weighted sum of V: by the smallest kernel that has the rows.
   template <class Softmax>
-  void compute(int64_t row, int64_t num_rows, int64_t num_tiles, const Softmax& softmax_of) {
+  void compute(int64_t row, int64_t num_rows, int64_t num_tiles, const Softmax& softmax_rows) {
     const Value* q = &q_[row * QUERY_STRIDE];
 #ifdef NANOVLLM_AMX
     if constexpr (F::BY_AMX) {
       tiles_.set_rows(std::min(amx::STRIP, num_rows));
       const bool is_one = num_rows <= amx::STRIP;
       (is_one ? score_strips<1> : score_strips<2>)(q, num_rows, kv_, num_tiles, head_dim_, scores_);
-      for (int64_t i = 0; i < num_rows; ++i) softmax_of(i);
-      (is_one ? weigh_strips<1> : weigh_strips<2>)(p_, num_rows, kv_, num_tiles, head_dim_, out_);
+      softmax_rows();
+      (is_one ? weigh_strips<1> : weigh_strips<2>)(p_, num_rows, kv_, next_, num_tiles, head_dim_, out_);
       return;
     }
 #endif
     const auto with_rows = [&]<int ROWS>() {
       score<F, ROWS>(q, kv_, num_tiles, head_dim_, scores_);
-      for (int64_t i = 0; i < num_rows; ++i) softmax_of(i);
-      weigh<F, ROWS>(p_, kv_, num_tiles, head_dim_, out_);
+      softmax_rows();
+      weigh<F, ROWS>(p_, kv_, next_, num_tiles, head_dim_, out_);
     };
     if (num_rows == 1) return with_rows.template operator()<1>();
     if (num_rows == 2) return with_rows.template operator()<2>();
@@ -302,7 +310,7 @@ class Worker {
   Reduced* partials_;
   float* partial_outs_;
   const int64_t head_dim_;
-  Partition<F> kv_;
+  Partition<F> kv_, next_;
   Reduced reduced_[ROWS_PER_TASK<F>];
   alignas(64) Value q_[ROWS_PER_TASK<F> * QUERY_STRIDE];
   alignas(64) Value p_[F::ROWS * SCORE_STRIDE];
@@ -401,9 +409,8 @@ void attend_batch(const Batch<F>& batch) {
     int64_t next = counter++;
     while (next < num_tasks) {
       const Task& task = tasks[next];
-      next = counter++;  // known before the work begins, so that its first tile can be fetched at the end
-      const bool has_next = next < num_tasks && tasks[next].end_partition > tasks[next].first_partition;
-      worker.run(task, has_next ? batch.k_tile(tasks[next], tasks[next].first_partition * PARTITION) : batch.cache);
+      next = counter++;  // known before the work begins
+      worker.run(task, next < num_tasks ? &tasks[next] : nullptr);
     }
   });
   at::parallel_for(0, split.size(), 1, [&](int64_t begin, int64_t end) {
