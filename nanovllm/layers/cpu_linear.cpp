@@ -145,7 +145,7 @@ void multiply_panel(
 template <class F, class T>
 struct Panels {
   static int64_t max_rows(int64_t) { return MAX_ROWS; }
-  explicit Panels(int64_t) {}
+  Panels(int64_t, int64_t, int64_t) {}
   void multiply(
       const typename F::Value* x, const typename F::Scalar* weight, const T* bias, const Shape& shape, int64_t panel, T* out) {
     multiply_panel<F>(x, weight, bias, shape, panel, out);
@@ -166,7 +166,7 @@ void multiply(
   const int64_t max_rows = Panels::max_rows(shape.input_size), num_blocks = (shape.num_rows + max_rows - 1) / max_rows;
   at::parallel_for(0, num_blocks * num_panels, 1, [&](int64_t begin, int64_t end) {
     if (begin == end) return;
-    Panels panels(shape.num_rows / num_blocks);
+    Panels panels(shape.num_rows / num_blocks, shape.num_rows, shape.output_size);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t block = task / num_panels;
       const int64_t row = block * shape.num_rows / num_blocks, last = (block + 1) * shape.num_rows / num_blocks;

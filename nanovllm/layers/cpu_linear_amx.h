@@ -2,11 +2,13 @@
 //
 // AMX multiplies so fast that everything else decides: two strips of rows go through a panel's weights at a time; what comes
 // out is rounded and written a few rows at a step, while the next strips are multiplied; and while all rows go through one
-// panel, the next one is fetched from memory, evenly.
+// panel, the next one is fetched from memory, evenly. A product that is too large for the second-level cache is written past it:
+// a line that is written as a whole need not be read first.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "../utils/cpu_amx.h"
 #include "../utils/cpu_formats.h"
@@ -20,6 +22,7 @@ namespace linear {
 // Rows that go through a panel before the next: so many that reading it from memory takes no longer than that, and so few that
 // they stay in the second-level cache.
 constexpr int64_t AMX_ROWS = 512, AMX_BYTES = 5 << 18;
+constexpr int64_t LARGE_PRODUCT = 1 << 21;  // bytes
 
 // One thread's products, panel by panel.
 class AmxPanels {
@@ -33,8 +36,16 @@ class AmxPanels {
     return rows / F::ROWS * F::ROWS;
   }
 
-  explicit AmxPanels(int64_t num_rows) : height_(std::min(amx::STRIP, num_rows)) { tiles_.set_rows(height_); }
-  ~AmxPanels() { write(unwritten_.num_rows); }
+  // For products of at least num_rows rows each, all of them [all_rows, output_size].
+  AmxPanels(int64_t num_rows, int64_t all_rows, int64_t output_size)
+      : height_(std::min(amx::STRIP, num_rows)),
+        is_large_(all_rows * output_size * sizeof(Value) >= LARGE_PRODUCT && output_size % PANEL<F> == 0) {
+    tiles_.set_rows(height_);
+  }
+  ~AmxPanels() {
+    write(unwritten_.num_rows);
+    _mm_sfence();  // what was written past the cache is there before the others are told
+  }
 
   // As multiply_panel, for all rows of the shape, as many as a strip has at least.
   void multiply(const Value* x, const Value* weight, const Value* bias, const Shape& shape, int64_t panel, Value* out) {
@@ -47,10 +58,11 @@ class AmxPanels {
     for (int64_t block = 0; block < num_blocks; ++block) {
       const int64_t row = block * F::ROWS, rows[2] = {std::min(row, last), std::min(row + amx::STRIP, last)};
       const Value* ahead = weight + (num_blocks == 1 ? AHEAD / sizeof(Value) : size + size * block / num_blocks);
-      const auto run = row + amx::STRIP < shape.num_rows ? &AmxPanels::multiply_strips<2> : &AmxPanels::multiply_strips<1>;
-      float* sums = (this->*run)(x, weight, start, shape, rows, ahead, size / num_blocks);
-      Value* const strips[2] = {out + rows[0] * shape.output_size + first, out + rows[1] * shape.output_size + first};
-      unwritten_ = {sums, {strips[0], strips[1]}, 0, row + amx::STRIP < shape.num_rows ? 2 * height_ : height_, shape.output_size, width};
+      const bool are_two = row + amx::STRIP < shape.num_rows;
+      const auto run = are_two ? &AmxPanels::multiply_strips<2> : &AmxPanels::multiply_strips<1>;
+      const float* sums = (this->*run)(x, weight, start, shape, rows, ahead, size / num_blocks);
+      Value *one = out + rows[0] * shape.output_size + first, *other = out + rows[1] * shape.output_size + first;
+      unwritten_ = {sums, {one, other}, 0, are_two ? 2 * height_ : height_, shape.output_size, width};
     }
   }
 
@@ -63,7 +75,7 @@ class AmxPanels {
 
   // Returns the sums.
   template <int STRIPS>
-  float* multiply_strips(
+  const float* multiply_strips(
       const Value* x, const Value* weight, const float* start, const Shape& shape, const int64_t (&rows)[2],
       const Value* ahead, int64_t num_ahead) {
     constexpr int64_t CACHE_LINE = 64 / sizeof(Value);
@@ -92,14 +104,15 @@ class AmxPanels {
       const float* source = all.sums + all.row * PANEL<F>;
       Value* target =
           all.row < height_ ? all.strips[0] + all.row * all.stride : all.strips[1] + (all.row - height_) * all.stride;
-      Value values[PANEL<F>];
-      Value* packed = all.width == PANEL<F> ? target : values;
-      for (int64_t line = 0; line < F::LINES; ++line) F::pack(source + line * LINE, packed + line * LINE);
-      if (packed == values) std::copy_n(values, all.width, target);
+      const F::Line values = F::round(source);
+      if (is_large_) F::store_past_cache(target, values);
+      else if (all.width == PANEL<F>) F::store(target, values);
+      else std::memcpy(target, &values, all.width * sizeof(Value));
     }
   }
 
   const int64_t height_;  // of a strip
+  const bool is_large_;   // whole panels only, so that every line of them is one of the cache
   amx::Tiles tiles_;
   Unwritten unwritten_{};
   bool is_odd_ = false;

@@ -103,6 +103,15 @@ struct Bf16DotFormat {
     sums = _mm512_dpbf16_ps(sums, (__m512bh)operand, (__m512bh)line);
   }
   static ALWAYS_INLINE void store(float* target, const Sums& sums) { _mm512_storeu_ps(target, sums); }
+  static ALWAYS_INLINE void store(Value* target, const Line& values) { _mm512_storeu_si512(target, values); }
+  // The target is a line of the cache.
+  static ALWAYS_INLINE void store_past_cache(Value* target, const Line& values) {
+    _mm512_stream_si512(reinterpret_cast<Line*>(target), values);
+  }
+  // Sums of two lines as bfloat16, to the nearest, ties to even.
+  static ALWAYS_INLINE Line round(const float* sums) {
+    return (Line)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(sums + LINE), _mm512_loadu_ps(sums));
+  }
   static ALWAYS_INLINE void pack(const float* source, Value* values) {
     const auto packed = _mm512_cvtneps_pbh(_mm512_loadu_ps(source));  // rounded to nearest even
     std::memcpy(values, &packed, LINE * sizeof(Value));
