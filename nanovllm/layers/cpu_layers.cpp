@@ -16,8 +16,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <tuple>
 #include <type_traits>
+#include <vector>
 
 #include "../utils/cpu_blocks.h"
 #include "../utils/cpu_dtypes.h"
@@ -175,33 +177,46 @@ void check_heads(const at::Tensor& x, const at::Tensor& positions, const at::Ten
   TORCH_CHECK(x.size(2) == cos_sin.size(-1) && x.size(2) % 2 == 0, "the table is for heads of ", cos_sin.size(-1));
 }
 
-// Rotate the heads of q and k [num_tokens, num_heads, head_dim]; cos_sin: float32 [num_positions, 1, head_dim].
+// Rotate the heads of q and k [num_tokens, num_heads, head_dim], normed before if there are weights for it; cos_sin: float32
+// [num_positions, 1, head_dim].
 std::tuple<at::Tensor, at::Tensor> rotate(
-    const at::Tensor& positions, const at::Tensor& q, const at::Tensor& k, const at::Tensor& cos_sin) {
+    const at::Tensor& positions, const at::Tensor& q, const at::Tensor& k, const at::Tensor& cos_sin,
+    const std::optional<at::Tensor>& q_norm, const std::optional<at::Tensor>& k_norm, double eps) {
   TORCH_CHECK(cos_sin.dim() == 3 && cos_sin.is_contiguous() && cos_sin.scalar_type() == at::kFloat, "not a table of angles");
   TORCH_CHECK(positions.scalar_type() == at::kLong && positions.is_contiguous(), "positions must be int64");
   check_heads(q, positions, cos_sin);
   check_heads(k, positions, cos_sin);
   TORCH_CHECK(q.scalar_type() == k.scalar_type(), "q and k differ in dtype");
+  if (q_norm.has_value()) check_weight(*q_norm, q);
+  if (k_norm.has_value()) check_weight(*k_norm, k);
   at::Tensor q_out = memory::empty_like(q), k_out = memory::empty_like(k);
   const int64_t *position = positions.const_data_ptr<int64_t>(), head_dim = q.size(2), num_positions = cos_sin.size(0);
   const float* table = cos_sin.const_data_ptr<float>();
   with_dtype(q, "kernel for", [&]<class T>() {
     const auto q_rows = rows_of<const T>(q), k_rows = rows_of<const T>(k);
     const auto q_target = rows_of<T>(q_out), k_target = rows_of<T>(k_out);
-    const int64_t num_heads = q_rows.num_heads + k_rows.num_heads;
-    for_each_row(q_rows.num_tokens, num_heads * head_dim, CHEAP_GRAIN, [&](int64_t token) {
-      TORCH_CHECK_INDEX(position[token] >= 0 && position[token] < num_positions, "position ", position[token],
-                        " is not one of the table's ", num_positions);
-      const float* angles = table + position[token] * head_dim;
-      const auto rotate_all = [&](const Rows<const T>& from, const Rows<T>& to) {
-        for (int64_t head = 0; head < from.num_heads; ++head) {
-          const int64_t row = token * from.num_heads + head;
-          rotate_head(from[row], angles, head_dim / 2, to[row]);
-        }
-      };
-      rotate_all(q_rows, q_target);
-      rotate_all(k_rows, k_target);
+    const T* q_weight = q_norm.has_value() ? q_norm->const_data_ptr<T>() : nullptr;
+    const T* k_weight = k_norm.has_value() ? k_norm->const_data_ptr<T>() : nullptr;
+    const int64_t size = (q_rows.num_heads + k_rows.num_heads) * head_dim;
+    at::parallel_for(0, q_rows.num_tokens, std::max<int64_t>(1, CHEAP_GRAIN / size), [&](int64_t begin, int64_t end) {
+      std::vector<T> normed(head_dim);
+      for (int64_t token = begin; token < end; ++token) {
+        TORCH_CHECK_INDEX(position[token] >= 0 && position[token] < num_positions, "position ", position[token],
+                          " is not one of the table's ", num_positions);
+        const float* angles = table + position[token] * head_dim;
+        const auto rotate_all = [&](const Rows<const T>& from, const T* weight, const Rows<T>& to) {
+          for (int64_t row = token * from.num_heads; row < (token + 1) * from.num_heads; ++row) {
+            const T* head = from[row];
+            if (weight != nullptr) {
+              norm_row(head, weight, head_dim, static_cast<float>(eps), normed.data());
+              head = normed.data();
+            }
+            rotate_head(head, angles, head_dim / 2, to[row]);
+          }
+        };
+        rotate_all(q_rows, q_weight, q_target);
+        rotate_all(k_rows, k_weight, k_target);
+      }
     });
   });
   return {q_out, k_out};
@@ -215,5 +230,8 @@ TORCH_LIBRARY_FRAGMENT(NANOVLLM_OPS, library) {
   library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", &layers::rms_norm);
   library.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)", &layers::add_rms_norm);
   library.def("silu_and_mul(Tensor x) -> Tensor", &layers::silu_and_mul);
-  library.def("rotate(Tensor positions, Tensor q, Tensor k, Tensor cos_sin) -> (Tensor, Tensor)", &layers::rotate);
+  library.def(
+      "rotate(Tensor positions, Tensor q, Tensor k, Tensor cos_sin, Tensor? q_norm, Tensor? k_norm, float eps) -> "
+      "(Tensor, Tensor)",
+      &layers::rotate);
 }

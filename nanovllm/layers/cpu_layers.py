@@ -35,9 +35,10 @@ def fuse_layers(model: nn.Module, kernels: Any) -> None:
     def rotate(
         self: RotaryEmbedding, positions: Tensor, q: Tensor, k: Tensor, norms: HeadNorms | None = None
     ) -> tuple[Tensor, Tensor]:
+        weights, eps = (None, None), 0.0
         if norms is not None:
-            q, k = norms[0](q), norms[1](k)
-        return kernels.rotate(positions, q, k, self.cos_sin)
+            weights, eps = (norms[0].weight, norms[1].weight), norms[0].eps
+        return kernels.rotate(positions, q, k, self.cos_sin, *weights, eps)
 
     def sample(
         self: Sampler, logits: Tensor, temperatures: Tensor, uniforms: Tensor, filters: Filters | None = None

@@ -63,11 +63,7 @@ Tensor self_attention(const Tensor& x, const Layer& layer, const Tensor& cache, 
       multiply(x, layer.qkv, layer.qkv_bias, all_heads * head_dim).view({num_tokens, all_heads, head_dim});
   Tensor q = heads.narrow(1, 0, num_heads), k = heads.narrow(1, num_heads, num_kv_heads);
   const Tensor v = heads.narrow(1, num_heads + num_kv_heads, num_kv_heads);
-  if (layer.q_norm.has_value()) {
-    q = layers::rms_norm(q, *layer.q_norm, step.eps);
-    k = layers::rms_norm(k, *layer.k_norm, step.eps);
-  }
-  std::tie(q, k) = layers::rotate(step.positions, q, k, step.cos_sin);
+  std::tie(q, k) = layers::rotate(step.positions, q, k, step.cos_sin, layer.q_norm, layer.k_norm, step.eps);
   store(k, v, cache, step.slot_mapping);
   const Tensor out = memory::empty_rows(num_tokens, q_size, q.scalar_type());
   const Tensor out_heads = out.view({num_tokens, num_heads, head_dim});

@@ -32,6 +32,18 @@ ALWAYS_INLINE Block widen(const at::vec::Vectorized<T>& values) {
   return {low, high};
 }
 
+#ifdef __AVX512BF16__
+// By instructions for it, which take subnormal numbers for 0.
+ALWAYS_INLINE Vec nearest_bfloat16(const Vec& values) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(values)), 16));
+}
+ALWAYS_INLINE at::vec::Vectorized<at::BFloat16> to_bfloat16(const Block& block) {
+  return (__m512i)_mm512_cvtne2ps_pbh(block.high, block.low);
+}
+#else
+ALWAYS_INLINE at::vec::Vectorized<at::BFloat16> to_bfloat16(const Block& block) {
+  return at::vec::convert_from_float<at::BFloat16>(block.low, block.high);
+}
 // The nearest bfloat16, as float32; of two the even one. Bits behind it carry into it where they are more than half.
 ALWAYS_INLINE Vec nearest_bfloat16(const Vec& values) {
   using Bits = at::vec::Vectorized<int32_t>;
@@ -39,6 +51,7 @@ ALWAYS_INLINE Vec nearest_bfloat16(const Vec& values) {
   const Bits nearest = (bits + Bits(0x7fff) + is_odd) & Bits(static_cast<int32_t>(0xffff0000));
   return Vec::blendv(at::vec::cast<float>(nearest), values, values.isnan());
 }
+#endif
 
 // What the dtype makes of the values.
 template <class T>
@@ -59,6 +72,8 @@ ALWAYS_INLINE void write(const Block& block, T* target) {
   if constexpr (std::is_same_v<T, float>) {
     block.low.store(target);
     block.high.store(target + Vec::size());
+  } else if constexpr (std::is_same_v<T, at::BFloat16>) {
+    to_bfloat16(block).store(target);
   } else {
     at::vec::convert_from_float<T>(block.low, block.high).store(target);
   }
