@@ -57,6 +57,11 @@ inline Halves round(const Words& a) {
   return result;
 }
 
+inline Words round(const Words& high, const Words& low) {
+  const Halves halves[2] = {round(low), round(high)};
+  return load(halves);
+}
+
 }  // namespace emulated
 
 #define __m512 emulated::Words
@@ -69,4 +74,8 @@ inline Halves round(const Words& a) {
 #define _mm512_set1_epi32 emulated::spread
 #define _mm512_dpbf16_ps emulated::dot
 #define _mm512_cvtneps_pbh emulated::round
+#define _mm512_cvtne2ps_pbh emulated::round
+#define _mm512_storeu_si512 emulated::store
+#define _mm512_stream_si512(target, values) emulated::store(target, values)
+#define _mm_sfence()
 #define NANOVLLM_BF16_DOT

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cpu_builds import EMULATED
+from cpu_builds import EMULATED, emulate
 from kept_logits import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -58,10 +58,10 @@ def test_bfloat16_greedy_tokens_are_those_of_transformers(smollm2: Path) -> None
                 break
 
 
-def test_bfloat16_by_dot_products_is_as_near_to_float32_as_by_widened_weights(
+def test_bfloat16_by_its_instructions_is_as_near_to_float32_as_by_widened_weights(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A whole model on AVX-512's instructions, emulated: products and attention, weights in pairs, a tied table."""
+    """A whole model on AVX-512's and AMX's instructions, emulated: products, attention, weights in pairs, a tied table."""
     prompts = [[(7 * i + 3 * j) % 320 for j in range(length)] for i, length in enumerate((1, 15, 16, 40, 130))]
     folder = checkpoint(tie_word_embeddings=True)
 
@@ -75,7 +75,8 @@ def test_bfloat16_by_dot_products_is_as_near_to_float32_as_by_widened_weights(
         return torch.stack([kept[place] for place in positions.items()]).float()
 
     exact = first_logits("float32", machine_flags())
-    widened = (first_logits("bfloat16", machine_flags()) - exact).abs().max()
-    dot = (first_logits("bfloat16", EMULATED["bf16_dot"]) - exact).abs().max()
-    # Both round to bfloat16 at the same places, their sums before it differ by float32's rounding: errors of one size.
-    assert 0 < dot <= 2 * widened < 0.1 * exact.abs().max()
+    widened = (first_logits("bfloat16", emulate()) - exact).abs().max()
+    # All round to bfloat16 at the same places, their sums before it differ by float32's rounding: errors of one size.
+    for flags in EMULATED.values():
+        error = (first_logits("bfloat16", flags) - exact).abs().max()
+        assert 0 < error <= 2 * widened < 0.1 * exact.abs().max()

@@ -64,6 +64,10 @@ class AttentionBackend(ABC):
     def allocate_cache(self, num_blocks: int) -> Tensor:
         """The cache of one layer, in this backend's layout, not initialised."""
 
+    def get_memory(self, kv_cache: list[Tensor], first_block: int, end_block: int) -> None:
+        """Get the memory of some blocks of all layers from the operating system before a step needs it, if that pays."""
+        return
+
     @abstractmethod
     def store(self, k: Tensor, v: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
         """Write K and V of each token to its slot.

@@ -55,6 +55,10 @@ class CPUBackend(AttentionBackend):
         cache: Tensor = self._kernels.empty_lasting(shape, spec.dtype)
         return cache
 
+    def get_memory(self, kv_cache: list[Tensor], first_block: int, end_block: int) -> None:
+        """See `AttentionBackend.get_memory`."""
+        self._kernels.populate(kv_cache, first_block, end_block)
+
     def store(self, k: Tensor, v: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
         """See `AttentionBackend.store`."""
         self._kernels.store(k, v, cache, slot_mapping)

@@ -15,7 +15,7 @@ from nanovllm.config import DEFAULT_BATCHED_TOKENS, EngineConfig
 from nanovllm.engine.cuda_graph import Capture, CudaCapture, Run, StepGraphs, chunk_sizes, decode_sizes
 from nanovllm.engine.input_batch import InputBatch
 from nanovllm.engine.input_buffer import InputBuffer, StepTensors
-from nanovllm.engine.kv_cache import allocate_kv_cache, decide_num_blocks
+from nanovllm.engine.kv_cache import BlockMemory, allocate_kv_cache, decide_num_blocks
 from nanovllm.engine.model_loading import load_model
 from nanovllm.engine.scheduled_batch import ScheduledBatch
 from nanovllm.engine.step_inputs import StepInputs, StepShape, placeholder_inputs
@@ -101,6 +101,8 @@ class ModelRunner:
         )
         self.num_kvcache_blocks = ranks.minimum(num_blocks)  # which includes what the last to load has left over
         self.kv_cache = allocate_kv_cache(self.backend, num_layers, self.num_kvcache_blocks)
+        on_cpu = self.device.type == "cpu"
+        self.block_memory = BlockMemory(self.backend, self.kv_cache, self.num_kvcache_blocks) if on_cpu else None
         self.graphs: StepGraphs | None = None
         if self.can_capture:
             result = torch.empty(self._largest_step(), model_config.hidden_size, dtype=self.dtype, device=self.device)
@@ -117,6 +119,8 @@ class ModelRunner:
             FloatingPointError: a request's logits are NaN or infinite.
         """
         inputs = self.input_batch.apply(batch)
+        if self.block_memory is not None:
+            self.block_memory.reach(int(inputs.slot_mapping.max()) // self.block_size)
         hidden_states, step = self._compute(inputs)
         prompt_logprobs = self._prompt_logprobs(inputs, hidden_states)
         if len(inputs.sampled_rows) == 0:

@@ -35,10 +35,8 @@ def fuse_layers(model: nn.Module, kernels: Any) -> None:
     def rotate(
         self: RotaryEmbedding, positions: Tensor, q: Tensor, k: Tensor, norms: HeadNorms | None = None
     ) -> tuple[Tensor, Tensor]:
-        weights, eps = (None, None), 0.0
-        if norms is not None:
-            weights, eps = (norms[0].weight, norms[1].weight), norms[0].eps
-        return kernels.rotate(positions, q, k, self.cos_sin, *weights, eps)
+        weights = [norm.weight for norm in norms] if norms is not None else [None, None]
+        return kernels.rotate(positions, q, k, self.cos_sin, *weights, norms[0].eps if norms is not None else 0.0)
 
     def sample(
         self: Sampler, logits: Tensor, temperatures: Tensor, uniforms: Tensor, filters: Filters | None = None

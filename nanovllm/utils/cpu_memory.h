@@ -3,6 +3,7 @@
 // lies in large pages: with small ones the processor spends up to a tenth of the time on finding where they are.
 #pragma once
 
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
@@ -96,6 +97,23 @@ size_t num_bytes(at::IntArrayRef sizes, at::ScalarType dtype) {
 // An uninitialised tensor that lasts, such as weights or a KV cache.
 at::Tensor empty_lasting(at::IntArrayRef sizes, at::ScalarType dtype) {
   return at::from_blob(allocate(rounded_up(num_bytes(sizes, dtype))), sizes, [](void* data) { std::free(data); }, dtype);
+}
+
+// Get the memory of tensors[.., first to end - 1], all of empty_lasting, from the system, which clears each page that is used
+// for the first time: all threads together, where otherwise one would wait for it and the others for that one.
+void populate(at::TensorList tensors, int64_t first, int64_t end) {
+#ifdef MADV_POPULATE_WRITE
+  std::vector<char*> pages;
+  for (const at::Tensor& tensor : tensors) {
+    const size_t size = tensor.nbytes() / tensor.size(0);
+    char* data = static_cast<char*>(tensor.mutable_data_ptr());
+    const size_t stop = std::min(tensor.nbytes(), rounded_up(end * size));
+    for (size_t at = first * size / LARGE_PAGE * LARGE_PAGE; at < stop; at += LARGE_PAGE) pages.push_back(data + at);
+  }
+  at::parallel_for(0, pages.size(), 1, [&](int64_t begin, int64_t stop) {
+    for (; begin < stop; ++begin) madvise(pages[begin], LARGE_PAGE, MADV_POPULATE_WRITE);  // an old system does it later
+  });
+#endif
 }
 
 // An uninitialised tensor. Its memory comes back when the tensor is not used any more.
