@@ -34,12 +34,14 @@ struct Partition {
   const typename F::Scalar *k[MAX_TILES], *v[MAX_TILES];
   int64_t num_tiles;
 
-  // What to fetch in place of a tile: itself, where there is none.
-  const typename F::Scalar* k_or(int64_t tile, const typename F::Scalar* other) const { return tile < num_tiles ? k[tile] : other; }
+  // K of a tile, if there is one.
+  const typename F::Scalar* k_or(int64_t tile, const typename F::Scalar* other) const {
+    return tile < num_tiles ? k[tile] : other;
+  }
 };
 
-// sums[row][line] += values[row][s] * lines[line][s] for each step s. AHEAD: fetch what lies alike in `ahead` meanwhile, for the
-// product that comes next: decodes are bound by memory. Full tiles of rows, of which there are usually several, are not.
+// sums[row][line] += values[row][s] * lines[line][s] for each step s. AHEAD: fetch what lies alike in `ahead` meanwhile, for
+// the product that comes next: decodes are bound by memory. Full tiles of rows, of which there are usually several, are not.
 template <class F, int64_t STRIDE, bool AHEAD, int ROWS, int LINES>
 ALWAYS_INLINE void accumulate(
     typename F::Sums (&sums)[ROWS][LINES], const typename F::Value* values,
@@ -142,7 +144,8 @@ NO_INLINE void weigh(
 template <class T>
 struct Strips {
   T* rows[2];
-  Strips(T* first, int64_t num_rows, int64_t stride) : rows{first, first + std::max<int64_t>(0, num_rows - amx::STRIP) * stride} {}
+  Strips(T* first, int64_t num_rows, int64_t stride)
+      : rows{first, first + std::max<int64_t>(0, num_rows - amx::STRIP) * stride} {}
 };
 
 // Bring what a tile takes at once of each of two into the second-level cache, into which all of a partition goes.
@@ -156,7 +159,8 @@ ALWAYS_INLINE void fetch(const at::BFloat16* one, const at::BFloat16* other) {
 
 template <int STRIPS>
 NO_INLINE void score_strips(
-    const at::BFloat16* q, int64_t num_rows, const Partition<AmxFormat>& kv, int64_t num_tiles, int64_t head_dim, float* scores) {
+    const at::BFloat16* q, int64_t num_rows, const Partition<AmxFormat>& kv, int64_t num_tiles, int64_t head_dim,
+    float* scores) {
   const Strips<const at::BFloat16> queries(q, num_rows, QUERY_STRIDE);
   const Strips<float> sums(scores, num_rows, SCORE_STRIDE);
   constexpr int64_t LINES = amx::STEP * TILE;  // values that a tile takes at once
@@ -181,7 +185,9 @@ NO_INLINE void weigh_strips(
   for (int64_t dim = 0; dim < head_dim; dim += 2 * TILE) {
     amx::clear<STRIPS, 2>();
     for (int64_t tile = 0; tile < num_tiles; tile += 2) {  // V of two tiles lies together
-      if constexpr (STRIPS == 1) fetch(next.k_or(tile, kv.v[tile]) + dim * TILE, next.k_or(tile + 1, kv.v[tile]) + dim * TILE);
+      if constexpr (STRIPS == 1) {
+        fetch(next.k_or(tile, kv.v[tile]) + dim * TILE, next.k_or(tile + 1, kv.v[tile]) + dim * TILE);
+      }
       const at::BFloat16* rows[2] = {probabilities.rows[0] + tile * TILE, probabilities.rows[1] + tile * TILE};
       const at::BFloat16* lines[2] = {kv.v[tile] + dim * 2, kv.v[tile] + (dim + TILE) * 2};
       amx::multiply_add<STRIPS, 2>(rows, SCORE_STRIDE * 2, lines, head_dim * 4);

@@ -3,14 +3,14 @@
 //
 // Sums are float32. Where a CPU has no instructions for 16-bit products, weights of 16 bits are widened as they are used:
 // they take half the memory, and half the time to read, which is what a decode step of few sequences waits for. Where it has
-// AVX-512's for bfloat16, both sides stay as they are: see cpu_formats.h.
+// AVX-512's or AMX for bfloat16, both sides stay as they are: see cpu_formats.h; the loops for AMX are in cpu_linear_amx.h.
 //
 // A packed weight is [num_panels, input_size / STEP, PANEL, STEP]: the weights that PANEL outputs give to one input, or two,
 // lie side by side. A tile of the product, ROWS rows by PANEL outputs, is held in registers while the inputs go by. Each tile
 // widens them anew: a multiply-add waits for its unit, widening fills the time.
 //
-// Each value of the product is one chain of multiply-adds, from the first input to the last, whatever the number of rows and
-// threads: bit for bit the same.
+// Each value of the product is one chain of multiply-adds (or AMX's, of 32 inputs at a time), from the first input to the
+// last, whatever the number of rows and threads: bit for bit the same.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>

@@ -2,8 +2,8 @@
 //
 // AMX multiplies so fast that everything else decides: two strips of rows go through a panel's weights at a time; what comes
 // out is rounded and written a few rows at a step, while the next strips are multiplied; and while all rows go through one
-// panel, the next one is fetched from memory, evenly. A product that is too large for the second-level cache is written past it:
-// a line that is written as a whole need not be read first.
+// panel, the next one is fetched from memory, evenly. A product that is too large for the second-level cache is written past
+// it: a line that is written as a whole need not be read first.
 #pragma once
 
 #include <algorithm>

@@ -1,9 +1,9 @@
-// AMX: an instruction multiplies a tile of rows, 16 by 32 bfloat16 values, with 16 lines of Bf16DotFormat's layout, and adds to a
-// tile of 16 by 16 sums in float32. Each sum is a function of its own row and column, whatever else the tiles hold.
+// AMX: an instruction multiplies a tile of rows, 16 by 32 bfloat16 values, with 16 lines of Bf16DotFormat's layout, and adds
+// to a tile of 16 by 16 sums in float32. Each sum is a function of its own row and column, whatever else the tiles hold.
 //
 // Eight tiles hold a square of sums, two strips of rows by two lines (0 to 3), the strips' rows (4, 5) and the lines (6, 7):
-// four products for four loads. The second strip ends with the last row: it may begin within the first one, whose sums are then
-// computed twice, alike, so that all strips of some rows have one height.
+// four products for four loads. The second strip ends with the last row: it may begin within the first one, whose sums are
+// then computed twice, alike, so that all strips of some rows have one height.
 #pragma once
 
 #include <cstdint>
@@ -82,7 +82,8 @@ ALWAYS_INLINE void fill(const float* row) {
 
 // sums += rows of each strip times lines. lines[l]: [step / 2, 16 columns, 2].
 template <int STRIPS, int LINES, class T>
-ALWAYS_INLINE void multiply_add(const T* const (&strips)[2], int64_t row_stride, const T* const (&lines)[2], int64_t line_stride) {
+ALWAYS_INLINE void multiply_add(
+    const T* const (&strips)[2], int64_t row_stride, const T* const (&lines)[2], int64_t line_stride) {
   _tile_loadd(6, lines[0], line_stride);
   if constexpr (LINES == 2) _tile_loadd(7, lines[1], line_stride);
   _tile_loadd(4, strips[0], row_stride);

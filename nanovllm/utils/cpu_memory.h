@@ -1,6 +1,6 @@
 // Memory for kernels. What they compute is kept for what they compute next: torch's allocator gives large blocks of a CPU's
-// memory back to the system, which has to clear every page when it is used again, some per cent of a step's time. What is large
-// lies in large pages: with small ones the processor spends up to a tenth of the time on finding where they are.
+// memory back to the system, which has to clear every page when it is used again, some per cent of a step's time. What is
+// large lies in large pages: with small ones the processor spends up to a tenth of the time on finding where they are.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -13,6 +13,7 @@
 #include <cstdlib>
 #include <mutex>
 #include <new>
+#include <utility>
 #include <vector>
 
 #ifdef __linux__
@@ -25,7 +26,10 @@ namespace memory {
 constexpr size_t LARGE = 1 << 17;  // bytes from which the C library may give memory back at once
 constexpr size_t PAGE = 4096, LARGE_PAGE = 1 << 21;
 
-size_t rounded_up(size_t size) { return size < LARGE_PAGE ? (size + PAGE - 1) / PAGE * PAGE : (size + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE; }
+size_t rounded_up(size_t size) {
+  const size_t page = size < LARGE_PAGE ? PAGE : LARGE_PAGE;
+  return (size + page - 1) / page * page;
+}
 
 // `size` as rounded_up gives it.
 void* allocate(size_t size) {
@@ -99,21 +103,23 @@ at::Tensor empty_lasting(at::IntArrayRef sizes, at::ScalarType dtype) {
   return at::from_blob(allocate(rounded_up(num_bytes(sizes, dtype))), sizes, [](void* data) { std::free(data); }, dtype);
 }
 
-// Get the memory of tensors[.., first to end - 1], all of empty_lasting, from the system, which clears each page that is used
-// for the first time: all threads together, where otherwise one would wait for it and the others for that one.
+// Get the memory of tensors[.., first to end - 1] from the system, which clears each page when it is used for the first time:
+// all threads together, where otherwise one would wait for it and the others for that one. What is in it stays.
 void populate(at::TensorList tensors, int64_t first, int64_t end) {
-#ifdef MADV_POPULATE_WRITE
-  std::vector<char*> pages;
+  std::vector<std::pair<volatile char*, size_t>> parts;
   for (const at::Tensor& tensor : tensors) {
     const size_t size = tensor.nbytes() / tensor.size(0);
     char* data = static_cast<char*>(tensor.mutable_data_ptr());
-    const size_t stop = std::min(tensor.nbytes(), rounded_up(end * size));
-    for (size_t at = first * size / LARGE_PAGE * LARGE_PAGE; at < stop; at += LARGE_PAGE) pages.push_back(data + at);
+    for (size_t at = first * size; at < end * size; at += LARGE_PAGE) {
+      parts.emplace_back(data + at, std::min(LARGE_PAGE, end * size - at));
+    }
   }
-  at::parallel_for(0, pages.size(), 1, [&](int64_t begin, int64_t stop) {
-    for (; begin < stop; ++begin) madvise(pages[begin], LARGE_PAGE, MADV_POPULATE_WRITE);  // an old system does it later
+  at::parallel_for(0, parts.size(), 1, [&](int64_t begin, int64_t stop) {
+    for (; begin < stop; ++begin) {
+      const auto [data, size] = parts[begin];
+      for (size_t at = 0; at < size; at += PAGE) data[at] = data[at];
+    }
   });
-#endif
 }
 
 // An uninitialised tensor. Its memory comes back when the tensor is not used any more.

@@ -83,7 +83,7 @@ def test_min_tokens_holds_back_the_end_of_sequence(checkpoint: Callable[..., Pat
 
 
 def test_n_completions_share_the_blocks_of_their_prompt(folder: Path) -> None:
-    llm = make_llm(folder)
+    llm = make_llm(folder, kvcache_block_size=16)
     prompt = PROMPTS[5]
     ids: set[int] = set()
     params = SamplingParams(seed=9, max_tokens=12, n=4)

@@ -84,7 +84,7 @@ def test_refuses_what_it_cannot_serve(spec: AttentionSpec, reason: str) -> None:
 BUILD_AND_ATTEND = """
 import torch
 from nanovllm.utils.cpu_build import load_kernels, machine_flags
-cache = torch.full((1, 1, 1, 2, 256), torch.nan)
+cache = torch.full((1, 1, 2, 1, 256), torch.nan)
 q = k = torch.ones(1, 1, 16)
 v = torch.arange(16.0).view(1, 1, 16)
 load_kernels().store(k, v, cache, torch.tensor([0]))
@@ -140,12 +140,14 @@ def test_a_lower_capability_of_torch_is_obeyed() -> None:
     assert "-mavx" not in output
 
 
-def test_the_avx512_path_compiles_with_the_real_intrinsics(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("features", [{"avx512_bf16"}, {"avx512_bf16", "amx_bf16"}], ids=str)
+def test_avx512_and_amx_compile_with_the_real_intrinsics(monkeypatch: pytest.MonkeyPatch, features: set[str]) -> None:
     if platform.machine() not in ("x86_64", "AMD64"):
         return  # no such compiler flags
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(cpu_build, "cpu_flags", lambda: {"avx512_bf16"})
+    monkeypatch.setattr(cpu_build, "cpu_flags", lambda: features)
     assert "-mavx512bf16" in machine_flags()
+    assert ("-mamx-bf16" in machine_flags()) == ("amx_bf16" in features)
     includes = [f"-I{path}" for path in include_paths()]
     command = [
         os.environ.get("CXX", "c++"),

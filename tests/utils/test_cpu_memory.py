@@ -4,9 +4,13 @@ import multiprocessing
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import psutil
+import pytest
 import torch
 from torch import Tensor
 
+from nanovllm.attention.backend import AttentionSpec
+from nanovllm.attention.cpu import CPUBackend
+from nanovllm.engine.kv_cache import PORTION, BlockMemory
 from nanovllm.utils.cpu_build import load_kernels
 
 MIB = 2**20
@@ -59,3 +63,33 @@ def test_from_several_threads() -> None:
 
     with ThreadPoolExecutor(4) as threads:
         assert all(threads.map(work, map(float, range(1, 9))))
+
+
+def test_memory_is_got_as_far_as_blocks_are_used() -> None:
+    spec = AttentionSpec(64, 64, 256, 32, torch.float32, torch.device("cpu"))  # blocks of 4 MiB
+    backend = CPUBackend(spec)
+    before = psutil.Process().memory_info().rss
+    cache = [backend.allocate_cache(500) for _ in range(2)]
+    memory = BlockMemory(backend, cache, 500)
+
+    def grown() -> int:
+        return (psutil.Process().memory_info().rss - before) >> 20
+
+    portion = PORTION >> 20
+    assert portion * 0.9 <= grown() <= portion * 1.5, "the first portion, of 4,000 MiB"
+    for block_id in range(32):
+        memory.reach(block_id)
+    assert grown() <= portion * 1.5
+    memory.reach(32)
+    assert portion * 1.9 <= grown() <= portion * 2.5
+    memory.reach(0)
+    assert grown() <= portion * 2.5
+    with pytest.raises(AssertionError, match="block 500 is not one of 500"):
+        memory.reach(500)
+
+
+def test_getting_memory_changes_nothing_that_is_in_it() -> None:
+    backend = CPUBackend(AttentionSpec(2, 2, 32, 32, torch.float32, torch.device("cpu")))
+    cache = backend.allocate_cache(300).fill_(3.0)
+    backend.get_memory([cache], 100, 300)
+    assert (cache == 3.0).all()
