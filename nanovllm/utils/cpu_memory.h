@@ -67,12 +67,12 @@ class Pool {
   }
 
  private:
-  // The smallest free block that is large enough, unless it is much too large.
+  // The smallest free block that is large enough. One that is much too large will do: to get another from the system, and to
+  // give one back for it, would cost more than what lies idle, at each layer.
   Block reuse(size_t size) {
     auto best = free_.end();
     for (auto block = free_.begin(); block != free_.end(); ++block) {
-      const bool fits = block->size >= size && block->size <= 2 * size;
-      if (fits && (best == free_.end() || block->size < best->size)) best = block;
+      if (block->size >= size && (best == free_.end() || block->size < best->size)) best = block;
     }
     if (best == free_.end()) return {nullptr, 0};
     const Block block = *best;
