@@ -148,12 +148,15 @@ struct Strips {
       : rows{first, first + std::max<int64_t>(0, num_rows - amx::STRIP) * stride} {}
 };
 
-// Bring what a tile takes at once of each of two into the second-level cache, into which all of a partition goes.
-ALWAYS_INLINE void fetch(const at::BFloat16* one, const at::BFloat16* other) {
-#pragma GCC unroll 16
-  for (int64_t line = 0; line < 16; ++line) {
-    __builtin_prefetch(one + line * amx::STEP, 0, 2);
-    __builtin_prefetch(other + line * amx::STEP, 0, 2);
+// Bring what a tile takes at once of each of two into the second-level cache, into which all of a partition goes: the lines
+// that are due at some time of amx::multiply_add.
+template <int STRIPS>
+ALWAYS_INLINE void fetch(const at::BFloat16* one, const at::BFloat16* other, int time) {
+  constexpr int64_t TIMES = amx::NUM_BETWEEN<STRIPS>;
+  const int64_t end = 32 * (time + 1) / TIMES;
+#pragma GCC unroll 8
+  for (int64_t line = 32 * time / TIMES; line < end; ++line) {
+    __builtin_prefetch(line < 16 ? one + line * amx::STEP : other + (line - 16) * amx::STEP, 0, 2);
   }
 }
 
@@ -167,10 +170,11 @@ NO_INLINE void score_strips(
   for (int64_t tile = 0; tile < num_tiles; tile += 2) {
     amx::clear<STRIPS, 2>();
     for (int64_t step = 0; step < head_dim / amx::STEP; ++step) {
-      if constexpr (STRIPS == 1) fetch(kv.v[tile] + step * LINES, kv.v[tile + 1] + step * LINES);
       const at::BFloat16* rows[2] = {queries.rows[0] + step * amx::STEP, queries.rows[1] + step * amx::STEP};
       const at::BFloat16* lines[2] = {kv.k[tile] + step * LINES, kv.k[tile + 1] + step * LINES};
-      amx::multiply_add<STRIPS, 2>(rows, QUERY_STRIDE * 2, lines, TILE * 4);
+      amx::multiply_add<STRIPS>(rows, QUERY_STRIDE * 2, lines, TILE * 4, [&](int time) INLINED {
+        if constexpr (STRIPS == 1) fetch<STRIPS>(kv.v[tile] + step * LINES, kv.v[tile + 1] + step * LINES, time);
+      });
     }
     amx::store<STRIPS, 2>({sums.rows[0] + tile * TILE, sums.rows[1] + tile * TILE}, SCORE_STRIDE * sizeof(float));
   }
@@ -185,12 +189,12 @@ NO_INLINE void weigh_strips(
   for (int64_t dim = 0; dim < head_dim; dim += 2 * TILE) {
     amx::clear<STRIPS, 2>();
     for (int64_t tile = 0; tile < num_tiles; tile += 2) {  // V of two tiles lies together
-      if constexpr (STRIPS == 1) {
-        fetch(next.k_or(tile, kv.v[tile]) + dim * TILE, next.k_or(tile + 1, kv.v[tile]) + dim * TILE);
-      }
+      const at::BFloat16 *one = next.k_or(tile, kv.v[tile]) + dim * TILE, *other = next.k_or(tile + 1, kv.v[tile]) + dim * TILE;
       const at::BFloat16* rows[2] = {probabilities.rows[0] + tile * TILE, probabilities.rows[1] + tile * TILE};
       const at::BFloat16* lines[2] = {kv.v[tile] + dim * 2, kv.v[tile] + (dim + TILE) * 2};
-      amx::multiply_add<STRIPS, 2>(rows, SCORE_STRIDE * 2, lines, head_dim * 4);
+      amx::multiply_add<STRIPS>(rows, SCORE_STRIDE * 2, lines, head_dim * 4, [&](int time) INLINED {
+        if constexpr (STRIPS == 1) fetch<STRIPS>(one, other, time);
+      });
     }
     amx::store<STRIPS, 2>({sums.rows[0] + dim, sums.rows[1] + dim}, head_dim * sizeof(float));
   }

@@ -1,8 +1,7 @@
 // Paged attention on a CPU: one kernel for prefill chunks and decodes alike. Built and called by cpu.py.
 //
-// Rows. Query heads that share a K and V head are rows of one matrix: row = token * group + head in the group. A task is
-// up to ROWS_PER_TASK rows of one sequence and KV head. It walks over the context in partitions of PARTITION tokens, and
-// in each over tiles of a few rows, so that K and V of a partition come from memory once and from the L2 cache then.
+// A task is up to ROWS_PER_TASK rows, see cpu_attention_tasks.h. It walks over the context in partitions of PARTITION tokens,
+// and in each over tiles of a few rows, so that K and V of a partition come from memory once and from the L2 cache then.
 //
 // Cache of one layer: [block, KV head, K then V, tile of 16 tokens], where STEP is 1, and 2 for the bf16 dot product and AMX:
 //     K of a tile: [head_dim / STEP, 16 tokens, STEP]     a step is multiplied with a query's dimension(s),
@@ -11,7 +10,8 @@
 //
 // Softmax. Each partition is reduced on its own to (maximum, sum, weighted V), and the results are merged from the first
 // partition to the last (online softmax: Milakov and Gimelshein 2018; partitions: Dao et al. 2023, "Flash-Decoding").
-// Long contexts may be split among threads between partitions; the merging is the same then.
+// Long contexts may be split among threads between partitions, and what several sequences have in common is reduced for all of
+// them together; the merging is the same then.
 //
 // The result of a row is a function of its own query, K and V, bit for bit: the operations on a row and their order do
 // not depend on the other rows of its tile, on the number of threads or on how the prompt was cut into chunks. Hence
@@ -21,13 +21,10 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/cpu/vec/functional.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
-#include <limits>
 #include <numeric>
 #include <vector>
 
@@ -35,142 +32,62 @@
 #include "../utils/cpu_math.h"
 #include "../utils/cpu_memory.h"
 #include "cpu_attention_products.h"
+#include "cpu_attention_softmax.h"
+#include "cpu_attention_tasks.h"
 
 namespace {
 
-using Vec = at::vec::Vectorized<float>;
-
-constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
 template <class F>
 constexpr int64_t ROWS_PER_TASK = F::BY_AMX ? 128 : 48;  // a multiple of a tile's rows
 
-// ---- softmax ----
+constexpr double LOG2_E = 1.4426950408889634;
 
-// A row's softmax over some part of its context, not yet divided by the sum.
-struct Reduced {
-  float maximum = MINUS_INFINITY;
-  float sum = 0.0f;
-};
-
-// 16 running values, folded to one at the end: the order of operations does not depend on how many there were.
-struct Lanes {
-  static constexpr int VECS = TILE / Vec::size();
-  Vec vecs[VECS];
-
-  explicit Lanes(float value) {
-    for (Vec& vec : vecs) vec = Vec(value);
-  }
-  template <class Op>
-  ALWAYS_INLINE void take(const float* values, const Op& op) {
-#pragma GCC unroll 4
-    for (int i = 0; i < VECS; ++i) vecs[i] = op(vecs[i], Vec::loadu(values + i * Vec::size()));
-  }
-  template <class Op>
-  ALWAYS_INLINE float fold(const Op& op) const {
-    alignas(64) float lanes[TILE];
-    for (int i = 0; i < VECS; ++i) vecs[i].store(lanes + i * Vec::size());
-    return fold<TILE / 2>(lanes, op);
-  }
-
- private:
-  // With the width known, halves of the lanes are folded by vectors.
-  template <int64_t WIDTH, class Op>
-  static ALWAYS_INLINE float fold(float* lanes, const Op& op) {
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < WIDTH; ++i) lanes[i] = op(lanes[i], lanes[i + WIDTH]);
-    if constexpr (WIDTH > 1) return fold<WIDTH / 2>(lanes, op);
-    return lanes[0];
-  }
-};
-
-// Turn the scores of one row into probabilities as the values of `weigh`. The first num_valid columns count, the others up
-// to a full tile become 0 whatever they hold.
-template <class F>
-NO_INLINE Reduced softmax(float* scores, int64_t num_valid, int64_t num_columns, float scale, typename F::Value* p) {
-  num_valid = std::clamp<int64_t>(num_valid, 0, num_columns);
-  std::fill(scores + num_valid, scores + num_columns, MINUS_INFINITY);
-  if (num_valid == 0) {
-    std::fill(p, p + num_columns, typename F::Value(0.0f));
-    return {};
-  }
-  Lanes maxima(MINUS_INFINITY);
-  for (int64_t first = 0; first < num_columns; first += TILE) {
-    maxima.take(scores + first, [](Vec a, Vec b) { return at::vec::maximum(a, b); });
-  }
-  const float maximum = scale * maxima.fold([](float a, float b) { return a > b ? a : b; });
-  Lanes sums(0.0f);
-  for (int64_t first = 0; first < num_columns; first += TILE) {
-    alignas(64) float values[TILE];
-    for (int64_t i = 0; i < TILE; ++i) {
-      values[i] = exp_nonpositive(fused_multiply_add(scores[first + i], scale, -maximum));
-    }
-    sums.take(values, [](Vec a, Vec b) { return a + b; });
-    F::pack(values, p + first);
-  }
-  return {maximum, sums.fold([](float a, float b) { return a + b; })};
-}
-
-// Add a partition's result to what was reduced before it.
-void merge(Reduced& total, float* total_out, const Reduced& part, const float* part_out, int64_t head_dim) {
-  if (part.sum == 0.0f) return;  // no column of the partition is visible to the row
-  if (total.sum == 0.0f) {
-    total = part;
-    std::copy(part_out, part_out + head_dim, total_out);
-    return;
-  }
-  const float maximum = std::max(total.maximum, part.maximum);
-  const float before = exp_nonpositive(total.maximum - maximum);
-  const float now = exp_nonpositive(part.maximum - maximum);
-  for (int64_t d = 0; d < head_dim; ++d) {
-    total_out[d] = fused_multiply_add(part_out[d], now, total_out[d] * before);
-  }
-  total = {maximum, fused_multiply_add(part.sum, now, total.sum * before)};
-}
-
-// ---- tasks ----
-
-struct Shape {
-  int64_t num_heads, num_kv_heads, head_dim, block_size;
-  int64_t group() const { return num_heads / num_kv_heads; }
-  int64_t v_offset() const { return block_size * head_dim; }  // from K of a tile to its V
-};
-
-// Rows of one sequence and KV head, and the partitions of their context to reduce.
-struct Task {
-  int64_t seq, kv_head, first_row, num_rows;
-  int64_t first_partition, end_partition;
-  int64_t partials;  // where the partitions' results go, to be merged later; -1: merge here, and write the output
-};
+// ---- the work on a task ----
 
 template <class F>
 struct Batch {
   using Scalar = typename F::Scalar;
   Shape shape;
-  float scale;
+  float scale;  // of scores, for powers of 2
   const Scalar* q;
   int64_t q_stride;
   const Scalar* cache;
   Scalar* out;
   int64_t out_stride;
-  const int32_t *cu_seqlens_q, *context_lens, *block_tables;
-  int64_t num_seqs, block_table_stride;
+  Sequences sequences;
+  const Tree& tree;
+  // Of each KV head and row: what was reduced on the levels before, where there are several.
+  Reduced* totals;
+  float* total_outs;
 
-  // Tokens that a row of a sequence sees.
-  int64_t visible(int64_t seq, int64_t row) const {
-    const int64_t num_queries = cu_seqlens_q[seq + 1] - cu_seqlens_q[seq];
-    return context_lens[seq] - num_queries + row / shape.group() + 1;
-  }
+  const Query& query(int64_t row) const { return tree.queries[row / shape.group()]; }
   int64_t head_offset(const Task& task, int64_t row) const {
     return (task.kv_head * shape.group() + row % shape.group()) * shape.head_dim;
   }
-  int64_t token(const Task& task, int64_t row) const { return cu_seqlens_q[task.seq] + row / shape.group(); }
   const Scalar* k_tile(const Task& task, int64_t position) const {
-    const int64_t block = block_tables[task.seq * block_table_stride + position / shape.block_size];
+    const int64_t block = sequences.blocks(task.segment->seq)[position / shape.block_size];
     const int64_t head = block * shape.num_kv_heads + task.kv_head;
     return cache + (2 * head * shape.block_size + position % shape.block_size / TILE * TILE) * shape.head_dim;
   }
-  void write(const Task& task, int64_t row, const Reduced& reduced, const float* weighted) const {
-    Scalar* target = out + token(task, row) * out_stride + head_offset(task, row);
+  int64_t total_index(const Task& task, int64_t row) const {
+    return task.kv_head * tree.queries.size() * shape.group() + row;
+  }
+  // What was reduced of a row before its segment.
+  Reduced begin(const Task& task, int64_t row, float* weighted) const {
+    if (task.segment->first_partition == 0) return {};
+    const int64_t index = total_index(task, row);
+    std::copy_n(total_outs + index * shape.head_dim, shape.head_dim, weighted);
+    return totals[index];
+  }
+  // Leave what has been reduced of a row for the next level, or write its result.
+  void end(const Task& task, int64_t row, const Reduced& reduced, const float* weighted) const {
+    if (!task.segment->is_last) {
+      const int64_t index = total_index(task, row);
+      totals[index] = reduced;
+      std::copy_n(weighted, shape.head_dim, total_outs + index * shape.head_dim);
+      return;
+    }
+    Scalar* target = out + query(row).token * out_stride + head_offset(task, row);
     if (reduced.sum == 0.0f) {  // a row that sees nothing
       std::fill(target, target + shape.head_dim, Scalar(0.0f));
       return;
@@ -193,7 +110,11 @@ class Worker {
   // next_task: what comes then, if anything; what it reads first is fetched at the end.
   void run(const Task& task, const Task* next_task) {
     load_queries(task);
-    for (Reduced& reduced : reduced_) reduced = {};
+    if (task.partials < 0) {
+      for (int64_t row = 0; row < task.num_rows; ++row) {
+        reduced_[row] = batch_.begin(task, task.first_row + row, &totals_[row * head_dim_]);
+      }
+    }
     find_tiles(task, task.first_partition, next_);
     for (int64_t partition = task.first_partition; partition < task.end_partition; ++partition) {
       kv_ = next_;
@@ -206,7 +127,7 @@ class Worker {
     }
     if (task.partials >= 0) return;
     for (int64_t row = 0; row < task.num_rows; ++row) {
-      batch_.write(task, task.first_row + row, reduced_[row], &totals_[row * head_dim_]);
+      batch_.end(task, task.first_row + row, reduced_[row], &totals_[row * head_dim_]);
     }
   }
 
@@ -214,14 +135,14 @@ class Worker {
   void load_queries(const Task& task) {
     for (int64_t i = 0; i < task.num_rows; ++i) {
       const int64_t row = task.first_row + i;
-      const Scalar* q = batch_.q + batch_.token(task, row) * batch_.q_stride + batch_.head_offset(task, row);
+      const Scalar* q = batch_.q + batch_.query(row).token * batch_.q_stride + batch_.head_offset(task, row);
       for (int64_t d = 0; d < head_dim_; d += TILE) F::pack(q + d, &q_[i * QUERY_STRIDE + d]);
     }
   }
 
   void find_tiles(const Task& task, int64_t partition, Partition<F>& kv) const {
     const int64_t begin = partition * PARTITION;
-    const int64_t visible = batch_.visible(task.seq, task.first_row + task.num_rows - 1);
+    const int64_t visible = batch_.query(task.first_row + task.num_rows - 1).visible;
     const int64_t end = std::min(visible, begin + PARTITION);
     kv.num_tiles = 0;
     for (int64_t first = begin; first < end; first += SPAN<F>) {
@@ -236,7 +157,7 @@ class Worker {
   // Let V of the partition's last span be a copy with 0 behind what has been written of it.
   void leave_out_unwritten(const Task& task, int64_t partition) {
     const int64_t first_tile = kv_.num_tiles - SPAN<F> / TILE;
-    const int64_t num_written = batch_.context_lens[task.seq] - partition * PARTITION - first_tile * TILE;
+    const int64_t num_written = batch_.sequences.context_lens[task.segment->seq] - partition * PARTITION - first_tile * TILE;
     if (num_written >= SPAN<F> || kv_.v[first_tile] == last_v_) return;
     const int64_t num_steps = (num_written + F::STEP - 1) / F::STEP, size = head_dim_ * F::STEP;
     std::copy_n(kv_.v[first_tile], num_steps * size, last_v_);
@@ -252,14 +173,14 @@ class Worker {
   // Reduce a partition for a tile of rows, from `row` of the task on.
   void reduce_rows(const Task& task, int64_t partition, int64_t row, int64_t num_rows) {
     const int64_t begin = partition * PARTITION;
-    const int64_t visible = batch_.visible(task.seq, task.first_row + row + num_rows - 1) - begin;
+    const int64_t visible = batch_.query(task.first_row + row + num_rows - 1).visible - begin;
     const int64_t num_spans = (visible + SPAN<F> - 1) / SPAN<F>;
     const int64_t num_tiles = std::clamp<int64_t>(num_spans * SPAN<F> / TILE, 0, kv_.num_tiles);
     Reduced parts[F::ROWS];
     if (num_tiles > 0) compute(row, num_rows, num_tiles, [&] {
       leave_out_unwritten(task, partition);
       for (int64_t i = 0; i < num_rows; ++i) {
-        const int64_t num_valid = batch_.visible(task.seq, task.first_row + row + i) - begin;
+        const int64_t num_valid = batch_.query(task.first_row + row + i).visible - begin;
         parts[i] = softmax<F>(
             &scores_[i * SCORE_STRIDE], num_valid, num_tiles * TILE, batch_.scale, &p_[i * SCORE_STRIDE]);
       }
@@ -323,55 +244,6 @@ class Worker {
 #endif
 };
 
-// All tasks of a step, each over its whole context.
-template <class F>
-std::vector<Task> list_tasks(const Batch<F>& batch) {
-  std::vector<Task> tasks;
-  for (int64_t seq = 0; seq < batch.num_seqs; ++seq) {
-    const int64_t rows = (batch.cu_seqlens_q[seq + 1] - batch.cu_seqlens_q[seq]) * batch.shape.group();
-    for (int64_t kv_head = 0; kv_head < batch.shape.num_kv_heads; ++kv_head) {
-      for (int64_t first = 0; first < rows; first += ROWS_PER_TASK<F>) {
-        const int64_t num_rows = std::min(ROWS_PER_TASK<F>, rows - first);
-        const int64_t visible = batch.visible(seq, first + num_rows - 1);
-        tasks.push_back({seq, kv_head, first, num_rows, 0, (visible + PARTITION - 1) / PARTITION, -1});
-      }
-    }
-  }
-  return tasks;
-}
-
-template <class F>
-int64_t cost(const Task& task) {
-  return (task.num_rows + F::ROWS - 1) / F::ROWS * (task.end_partition - task.first_partition);
-}
-
-// Split what is more than a quarter of a thread's share, between partitions.
-// Returns the tasks to run; `split` gets the tasks that were split, to be merged, and `num_partials` grows.
-template <class F>
-std::vector<Task> split_tasks(const std::vector<Task>& whole, std::vector<Task>& split, int64_t& num_partials) {
-  int64_t total = 0;
-  for (const Task& task : whole) total += cost<F>(task);
-  const int64_t largest = std::max<int64_t>(1, total / (4 * at::get_num_threads()));
-  std::vector<Task> tasks;
-  for (Task task : whole) {
-    if (cost<F>(task) <= largest || at::get_num_threads() == 1) {
-      tasks.push_back(task);
-      continue;
-    }
-    const int64_t end = task.end_partition;
-    const int64_t span = std::max<int64_t>(1, largest * end / cost<F>(task));
-    task.partials = num_partials;
-    split.push_back(task);
-    for (; task.first_partition < end; task.first_partition += span) {
-      task.end_partition = std::min(end, task.first_partition + span);
-      tasks.push_back(task);
-      task.partials += (task.end_partition - task.first_partition) * task.num_rows;
-    }
-    num_partials = task.partials;
-  }
-  return tasks;
-}
-
 // Run work() on the threads of torch's pool, on no more of them than there are tasks.
 template <class Work>
 void on_all_threads(int64_t num_tasks, const Work& work) {
@@ -385,20 +257,21 @@ void merge_partials(const Batch<F>& batch, const Task& task, const Reduced* part
   const int64_t head_dim = batch.shape.head_dim;
   std::vector<float> total_out(head_dim);
   for (int64_t row = 0; row < task.num_rows; ++row) {
-    Reduced total;
-    for (int64_t partition = 0; partition < task.end_partition; ++partition) {
-      const int64_t index = task.partials + partition * task.num_rows + row;
+    Reduced total = batch.begin(task, task.first_row + row, total_out.data());
+    for (int64_t partition = task.first_partition; partition < task.end_partition; ++partition) {
+      const int64_t index = task.partials + (partition - task.first_partition) * task.num_rows + row;
       merge(total, total_out.data(), partials[index], outs + index * head_dim, head_dim);
     }
-    batch.write(task, task.first_row + row, total, total_out.data());
+    batch.end(task, task.first_row + row, total, total_out.data());
   }
 }
 
 template <class F>
-void attend_batch(const Batch<F>& batch) {
+void attend_level(const Batch<F>& batch, const std::vector<Segment>& level) {
   std::vector<Task> split;
   int64_t num_partials = 0;
-  const std::vector<Task> tasks = split_tasks<F>(list_tasks<F>(batch), split, num_partials);
+  const std::vector<Task> whole = list_tasks(batch.tree, level, batch.shape, ROWS_PER_TASK<F>);
+  const std::vector<Task> tasks = split_tasks(whole, F::ROWS, split, num_partials);
   std::vector<Reduced> partials(num_partials);
   const at::Tensor partial_outs = memory::empty({num_partials, batch.shape.head_dim}, at::kFloat);
   float* outs = partial_outs.mutable_data_ptr<float>();
@@ -493,13 +366,19 @@ void attend(
   TORCH_CHECK(block_tables.stride(1) == 1 || block_tables.size(1) == 1, "rows of block_tables must be contiguous");
   const int64_t num_seqs = context_lens.size(0);
   TORCH_CHECK(cu_seqlens_q.size(0) == num_seqs + 1 && block_tables.size(0) == num_seqs, "not one batch");
+  const Sequences sequences{
+      cu_seqlens_q.const_data_ptr<int32_t>(), context_lens.const_data_ptr<int32_t>(), block_tables.const_data_ptr<int32_t>(),
+      num_seqs, block_tables.stride(0)};
+  const Tree tree(sequences, shape.block_size);
+  const int64_t num_totals = tree.levels.size() > 1 ? tree.queries.size() * shape.num_heads : 0;
+  std::vector<Reduced> totals(num_totals);
+  const at::Tensor total_outs = memory::empty({num_totals, shape.head_dim}, at::kFloat);
   with_format(q, true, row_size(shape), "kernel for", [&]<class F>() {
     using Scalar = typename F::Scalar;
-    attend_batch<F>({
-        shape, static_cast<float>(scale), q.const_data_ptr<Scalar>(), q.stride(0), cache.const_data_ptr<Scalar>(),
-        out.mutable_data_ptr<Scalar>(), out.stride(0), cu_seqlens_q.const_data_ptr<int32_t>(),
-        context_lens.const_data_ptr<int32_t>(), block_tables.const_data_ptr<int32_t>(), num_seqs,
-        block_tables.stride(0)});
+    const Batch<F> batch{
+        shape, static_cast<float>(scale * LOG2_E), q.const_data_ptr<Scalar>(), q.stride(0), cache.const_data_ptr<Scalar>(),
+        out.mutable_data_ptr<Scalar>(), out.stride(0), sequences, tree, totals.data(), total_outs.mutable_data_ptr<float>()};
+    for (const std::vector<Segment>& level : tree.levels) attend_level<F>(batch, level);
   });
 }
 

@@ -6,8 +6,9 @@
 // AVX-512's or AMX for bfloat16, both sides stay as they are: see cpu_formats.h; the loops for AMX are in cpu_linear_amx.h.
 //
 // A packed weight is [num_panels, input_size / STEP, PANEL, STEP]: the weights that PANEL outputs give to one input, or two,
-// lie side by side. A tile of the product, ROWS rows by PANEL outputs, is held in registers while the inputs go by. Each tile
-// widens them anew: a multiply-add waits for its unit, widening fills the time.
+// lie side by side; for AMX those of 16 outputs and 32 inputs, see `place` in cpu_panels.h. A tile of the product, ROWS rows by
+// PANEL outputs, is held in registers while the inputs go by. Each tile widens them anew: a multiply-add waits for its unit,
+// widening fills the time.
 //
 // Each value of the product is one chain of multiply-adds (or AMX's, of 32 inputs at a time), from the first input to the
 // last, whatever the number of rows and threads: bit for bit the same.
@@ -38,7 +39,9 @@ constexpr const char* PURPOSE = "product with weights of";
 constexpr int64_t MAX_ROWS = 192;  // whose activations stay in the second-level cache while panels go by
 // Inputs at a time: of so many, a panel's weights stay in the first-level cache, with a tile's activations, for all tiles.
 template <class F>
-constexpr int64_t DEPTH = 16384 / (PANEL<F> * sizeof(typename F::Scalar));
+constexpr int64_t CHUNK = 16384 / (PANEL<F> * sizeof(typename F::Scalar));
+
+constexpr int64_t AHEAD = 8192;  // bytes: a stream from memory stops at each page unless it is asked to go on
 
 // Bring what will be needed soon into the second-level cache: the first has enough to hold.
 ALWAYS_INLINE void ask_for(const void* now) { __builtin_prefetch(static_cast<const char*>(now) + AHEAD, 0, 2); }
@@ -123,8 +126,8 @@ void multiply_panel(
   weight += first * shape.input_size;
   const bool is_direct = std::is_same_v<T, float> && width == PANEL<F>;
   Sums sums{start, 0, kept, PANEL<F>};
-  for (int64_t k = 0; k < shape.input_size; k += DEPTH<F>) {
-    const int64_t depth = std::min(DEPTH<F>, shape.input_size - k);
+  for (int64_t k = 0; k < shape.input_size; k += CHUNK<F>) {
+    const int64_t depth = std::min(CHUNK<F>, shape.input_size - k);
     if constexpr (std::is_same_v<T, float>) {
       if (is_direct && k + depth == shape.input_size) sums = {sums.from, sums.from_stride, out + first, shape.output_size};
     }
@@ -180,9 +183,9 @@ void multiply(
 template <class F, class T>
 void pack_panel(const T* source, int64_t width, int64_t input_size, T* target) {
   for (int64_t k = 0; k < input_size; ++k) {
-    T* values = target + k / F::STEP * F::STEP * PANEL<F> + k % F::STEP;
-    for (int64_t output = 0; output < width; ++output) values[output * F::STEP] = source[output * input_size + k];
-    for (int64_t output = width; output < PANEL<F>; ++output) values[output * F::STEP] = T(0);
+    for (int64_t output = 0; output < PANEL<F>; ++output) {
+      target[place<F>(k, output)] = output < width ? source[output * input_size + k] : T(0);
+    }
   }
 }
 
@@ -237,10 +240,9 @@ at::Tensor look_up(const at::Tensor& token_ids, const at::Tensor& weight, at::Sc
         for (int64_t index = begin; index < end; ++index) {
           const int64_t token = tokens[index];
           TORCH_CHECK_INDEX(token >= 0 && token < weight.size(0) * PANEL<F>, "token ", token, " is not in the table");
-          const auto* row = values + token / PANEL<F> * input_size * PANEL<F> + token % PANEL<F> * F::STEP;
+          const auto* panel = values + token / PANEL<F> * input_size * PANEL<F>;
           for (int64_t k = 0; k < input_size; ++k) {
-            const auto value = row[k / F::STEP * F::STEP * PANEL<F> + k % F::STEP];
-            target[index * input_size + k] = static_cast<T>(static_cast<float>(value));
+            target[index * input_size + k] = static_cast<T>(static_cast<float>(panel[place<F>(k, token % PANEL<F>)]));
           }
         }
       });

@@ -1,4 +1,4 @@
-// The inner loops of cpu_linear.cpp by AMX, for weights in the layout of Bf16DotFormat.
+// The inner loops of cpu_linear.cpp by AMX, for weights whose tiles lie one behind the other.
 //
 // AMX multiplies so fast that everything else decides: two strips of rows go through a panel's weights at a time; what comes
 // out is rounded and written a few rows at a step, while the next strips are multiplied; and while all rows go through one
@@ -23,13 +23,14 @@ namespace linear {
 // they stay in the second-level cache.
 constexpr int64_t AMX_ROWS = 512, AMX_BYTES = 5 << 18;
 constexpr int64_t LARGE_PRODUCT = 1 << 21;  // bytes
+constexpr int64_t AMX_AHEAD = 1 << 12;      // bytes: how far before its use a weight is fetched for a single block of rows
 
 // One thread's products, panel by panel.
 class AmxPanels {
  public:
   using F = AmxFormat;
   using Value = F::Value;
-  static constexpr int64_t LINE_STRIDE = PANEL<F> * F::STEP * sizeof(Value);
+  static constexpr int64_t LINE_STRIDE = LINE * F::STEP * sizeof(Value), TILE_SIZE = LINE * amx::STEP;
 
   static int64_t max_rows(int64_t input_size) {
     const int64_t rows = std::clamp<int64_t>(AMX_BYTES / (input_size * sizeof(Value)), F::ROWS, AMX_ROWS);
@@ -57,7 +58,7 @@ class AmxPanels {
     const int64_t num_blocks = (shape.num_rows + F::ROWS - 1) / F::ROWS;
     for (int64_t block = 0; block < num_blocks; ++block) {
       const int64_t row = block * F::ROWS, rows[2] = {std::min(row, last), std::min(row + amx::STRIP, last)};
-      const Value* ahead = weight + (num_blocks == 1 ? AHEAD / sizeof(Value) : size + size * block / num_blocks);
+      const Value* ahead = weight + (num_blocks == 1 ? AMX_AHEAD / sizeof(Value) : size + size * block / num_blocks);
       const bool are_two = row + amx::STRIP < shape.num_rows;
       const auto run = are_two ? &AmxPanels::multiply_strips<2> : &AmxPanels::multiply_strips<1>;
       const float* sums = (this->*run)(x, weight, start, shape, rows, ahead, size / num_blocks);
@@ -82,12 +83,17 @@ class AmxPanels {
     const int64_t steps = shape.input_size / amx::STEP;
     const int64_t rows_a_step = (unwritten_.num_rows + steps - 1) / steps;
     const int64_t lines_a_step = (num_ahead / CACHE_LINE + steps - 1) / steps;
+    int64_t counts[amx::NUM_BETWEEN<STRIPS>];
+    for (int64_t time = 0; time < amx::NUM_BETWEEN<STRIPS>; ++time) {
+      counts[time] = lines_a_step * (time + 1) / amx::NUM_BETWEEN<STRIPS> - lines_a_step * time / amx::NUM_BETWEEN<STRIPS>;
+    }
     const Value* strips[2] = {x + rows[0] * shape.x_stride, x + rows[1] * shape.x_stride};
-    const Value* lines[2] = {weight, weight + LINE * F::STEP};
+    const Value* lines[2] = {weight, weight + TILE_SIZE};
     amx::fill<STRIPS>(start);
     for (int64_t step = 0; step < steps; ++step) {
-      for (int64_t line = 0; line < lines_a_step; ++line, ahead += CACHE_LINE) __builtin_prefetch(ahead, 0, 2);
-      amx::multiply_add<STRIPS, 2>(strips, shape.x_stride * sizeof(Value), lines, LINE_STRIDE);
+      amx::multiply_add<STRIPS>(strips, shape.x_stride * sizeof(Value), lines, LINE_STRIDE, [&](int time) INLINED {
+        for (int64_t line = 0; line < counts[time]; ++line, ahead += CACHE_LINE) __builtin_prefetch(ahead, 0, 2);
+      });
       for (int i = 0; i < 2; ++i) strips[i] += amx::STEP, lines[i] += amx::STEP * PANEL<F>;
       write(rows_a_step);
     }

@@ -80,18 +80,30 @@ ALWAYS_INLINE void fill(const float* row) {
   if constexpr (STRIPS == 2) _tile_loadd(3, row + STRIP, 0);
 }
 
-// sums += rows of each strip times lines. lines[l]: [step / 2, 16 columns, 2].
-template <int STRIPS, int LINES, class T>
+// sums += rows of each strip times lines. lines[l]: [step / 2, 16 columns, 2]. between(0), (1) to NUM_BETWEEN<STRIPS> - 1: what
+// is to be done meanwhile, such as fetching what comes next: a few lines at a time keep the memory busiest.
+template <int STRIPS>
+constexpr int64_t NUM_BETWEEN = STRIPS == 2 ? 8 : 6;
+
+template <int STRIPS, class T, class Between>
 ALWAYS_INLINE void multiply_add(
-    const T* const (&strips)[2], int64_t row_stride, const T* const (&lines)[2], int64_t line_stride) {
+    const T* const (&strips)[2], int64_t row_stride, const T* const (&lines)[2], int64_t line_stride, const Between& between) {
+  between(0);
   _tile_loadd(6, lines[0], line_stride);
-  if constexpr (LINES == 2) _tile_loadd(7, lines[1], line_stride);
+  between(1);
+  _tile_loadd(7, lines[1], line_stride);
+  between(2);
   _tile_loadd(4, strips[0], row_stride);
+  between(3);
   if constexpr (STRIPS == 2) _tile_loadd(5, strips[1], row_stride);
+  if constexpr (STRIPS == 2) between(4);
   _tile_dpbf16ps(0, 4, 6);
-  if constexpr (LINES == 2) _tile_dpbf16ps(1, 4, 7);
+  between(STRIPS == 2 ? 5 : 4);
+  _tile_dpbf16ps(1, 4, 7);
+  between(STRIPS == 2 ? 6 : 5);
   if constexpr (STRIPS == 2) _tile_dpbf16ps(2, 5, 6);
-  if constexpr (STRIPS == 2 && LINES == 2) _tile_dpbf16ps(3, 5, 7);
+  if constexpr (STRIPS == 2) between(7);
+  if constexpr (STRIPS == 2) _tile_dpbf16ps(3, 5, 7);
 }
 
 // strips[s]: where the first sum of a strip goes; the sums of the second line lie behind those of the first.

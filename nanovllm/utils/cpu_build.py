@@ -34,6 +34,8 @@ SOURCES = (
     PACKAGE / "utils" / "cpu_math.h",
     PACKAGE / "utils" / "cpu_memory.h",
     PACKAGE / "attention" / "cpu_attention_products.h",
+    PACKAGE / "attention" / "cpu_attention_softmax.h",
+    PACKAGE / "attention" / "cpu_attention_tasks.h",
     PACKAGE / "attention" / "cpu_paged_attention.cpp",
     PACKAGE / "layers" / "cpu_layers.cpp",
     PACKAGE / "layers" / "cpu_panels.h",

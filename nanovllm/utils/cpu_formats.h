@@ -36,6 +36,7 @@ struct FloatFormat {
   using Scalar = scalar_t;  // of a line
   using Value = float;      // of a row
   static constexpr int64_t STEP = 1;
+  static constexpr int64_t DEPTH = STEP;  // values of a row that are multiplied at once
   static constexpr int VECS = FloatLine::VECS;
   static constexpr bool BY_AMX = false;
   static constexpr bool WIDE = Vec::size() >= 16;
@@ -85,6 +86,7 @@ struct Bf16DotFormat {
   using Scalar = at::BFloat16;
   using Value = at::BFloat16;
   static constexpr int64_t STEP = 2;
+  static constexpr int64_t DEPTH = STEP;
   static constexpr bool BY_AMX = false;
   static constexpr int ROWS = 12;
   static constexpr int LINES = 2;
@@ -123,9 +125,10 @@ struct Bf16DotFormat {
 #endif
 
 #if defined(NANOVLLM_BF16_DOT) && defined(NANOVLLM_AMX)
-// The same layout, multiplied by AMX: see cpu_amx.h.
+// The same lines, multiplied by AMX, DEPTH / STEP of them at once: see cpu_amx.h.
 struct AmxFormat : Bf16DotFormat {
   static constexpr bool BY_AMX = true;
+  static constexpr int64_t DEPTH = amx::STEP;
   static constexpr int ROWS = 2 * amx::STRIP;
 };
 #endif

@@ -1,4 +1,4 @@
-// The exponential that the CPU kernels share, in plain C++ that compilers turn into vector instructions.
+// The exponentials that the CPU kernels share, in plain C++ that compilers turn into vector instructions.
 #pragma once
 
 #include <bit>
@@ -33,6 +33,21 @@ ALWAYS_INLINE float exp_nonpositive(float x) {
   const uint32_t exponent = std::bit_cast<uint32_t>(shifted) << 23;
   const float scaled = std::bit_cast<float>(std::bit_cast<uint32_t>(y) + exponent);
   return x < -87.0f ? 0.0f : scaled;
+}
+
+// 2^x for x up to about 0, alike, to 3 units in the last place: e^(x ln 2) has more steps. The polynomial is 1 at 0, and of the
+// other coefficients those with the smallest largest relative error in [-1/2, 1/2], 9.1e-8.
+ALWAYS_INLINE float exp2_nonpositive(float x) {
+  const float shifted = x + 12582912.0f;
+  const float r = x - (shifted - 12582912.0f);
+  float y = fused_multiply_add(r, 0.00132647269f, 0.00967151266f);
+  y = fused_multiply_add(y, r, 0.0555073374f);
+  y = fused_multiply_add(y, r, 0.240222421f);
+  y = fused_multiply_add(y, r, 0.693146978f);
+  y = fused_multiply_add(y, r, 1.0f);
+  const uint32_t exponent = std::bit_cast<uint32_t>(shifted) << 23;
+  const float scaled = std::bit_cast<float>(std::bit_cast<uint32_t>(y) + exponent);
+  return x < -126.0f ? 0.0f : scaled;
 }
 
 }  // namespace

@@ -179,6 +179,40 @@ def test_a_long_context_is_split_among_threads_without_a_trace(kernels: Any, thr
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+def make_tree(spec: AttentionSpec, lengths: list[int], parents: list[int], common: list[int]) -> tuple[Sequences, Sequences]:
+    """Sequences that begin as an earlier one does, for some tokens: with its blocks, and with blocks of their own."""
+    apart = make_sequences(spec, lengths)
+    tables = [list(table) for table in apart.tables]
+    for index, (parent, num_tokens) in enumerate(zip(parents, common, strict=True)):
+        for values in (apart.k, apart.v):
+            values[index][:num_tokens] = values[parent][:num_tokens]
+        num_blocks = num_tokens // spec.block_size
+        tables[index][:num_blocks] = tables[parent][:num_blocks]
+    return apart._replace(tables=tables), apart
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block_size", [16, 32, 48])
+def test_blocks_in_common_are_read_together_without_a_trace(
+    kernels: Any, threads: None, block_size: int, dtype: torch.dtype
+) -> None:
+    # 0 to 5 are one tree: 2, 3 and 5 branch off 0 in its third, first and second partition, 4 branches off 2; 1 has the
+    # first block alone in common with it. 6 and 7 are another; of 8 nothing was computed before.
+    spec = make_spec(4, 2, 32, block_size, dtype)
+    lengths = [900, 500, 850, 400, 800, 600, 300, 700, 70]
+    together, apart = make_tree(spec, lengths, [0, 0, 0, 0, 2, 0, 6, 6, 8], [0, 48, 720, 336, 768, 528, 0, 288, 0])
+    backend = make_backend(kernels, spec)
+    queries = [1, 1, 70, 30, 1, 1, 2, 390, 70]
+    every = [(index, lengths[index], queries[index]) for index in (6, 0, 3, 8, 1, 4, 2, 7, 5)]
+    decodes = [(index, lengths[index] - offset, 1) for index, offset in ((5, 0), (0, 1), (2, 0), (0, 0), (4, 3), (7, 300))]
+    for steps in (every, decodes):
+        torch.set_num_threads(1)
+        alone = torch.cat([run(backend, apart, [step]) for step in steps])
+        for num_threads in (1, 2, 8):
+            torch.set_num_threads(num_threads)
+            assert torch.equal(run(backend, together, steps), alone)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_store_writes_its_slots_and_nothing_else(kernels: Any, dtype: torch.dtype) -> None:
     spec = make_spec(4, 2, 32, 32, dtype)
