@@ -16,7 +16,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.utils.memory import available_host_memory
 
 GIB = 2**30
-PORTION = 2**28  # bytes that are got from the operating system at once
+PORTION = 2**26  # bytes that are got from the operating system at once
 SHARE_OF_HOST_MEMORY = 0.5  # of what is free once the weights are loaded; the rest is for activations and for others
 
 

@@ -30,8 +30,7 @@ def load_model(model: CheckpointModule, folder: Path, backend: AttentionBackend,
     if backend.HAS_PRODUCTS and (spec.batch_invariant or is_fastest(spec.dtype, cpu_flags())):
         matrix_dtype = stored_matrix_dtype(folder) if spec.dtype == torch.float32 else spec.dtype
         materialize(model, spec.dtype, spec.device, matrix_dtype)
-        load_weights(model, folder, ranks)
-        use_packed_weights(model, load_kernels(), spec.dtype)
+        load_weights(model, folder, ranks, use_packed_weights(model, load_kernels(), spec.dtype))
     else:
         materialize(model, spec.dtype, spec.device)
         load_weights(model, folder, ranks)

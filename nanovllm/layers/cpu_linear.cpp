@@ -179,12 +179,16 @@ void multiply(
   });
 }
 
-// A panel: from a row of inputs for each of `width` outputs to what a step takes of each output side by side.
+// A panel: from a row of inputs for each of `width` outputs to the layout of `place`, zeros for other outputs.
 template <class F, class T>
 void pack_panel(const T* source, int64_t width, int64_t input_size, T* target) {
-  for (int64_t k = 0; k < input_size; ++k) {
+  for (int64_t first = 0; first < input_size; first += F::DEPTH) {
     for (int64_t output = 0; output < PANEL<F>; ++output) {
-      target[place<F>(k, output)] = output < width ? source[output * input_size + k] : T(0);
+      const T* inputs = source + output * input_size + first;
+      T* values = target + place<F>(first, output);
+      for (int64_t k = 0; k < F::DEPTH; ++k) {
+        values[k / F::STEP * LINE * F::STEP + k % F::STEP] = output < width ? inputs[k] : T(0);
+      }
     }
   }
 }

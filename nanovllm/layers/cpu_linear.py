@@ -5,6 +5,7 @@ cannot multiply them, they are widened as they are used, and what comes out is w
 serves products and look-ups, so that a tied table is there once.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,21 +27,25 @@ def is_fastest(dtype: torch.dtype, flags: set[str]) -> bool:
     return not (PRODUCT_FLAGS.get(dtype, set()) - {"avx512_bf16", "amx_bf16"}) & flags
 
 
-def use_packed_weights(model: nn.Module, kernels: Any, dtype: torch.dtype) -> None:
+def use_packed_weights(model: nn.Module, kernels: Any, dtype: torch.dtype) -> Callable[[nn.Parameter], None]:
     """Let the linear layers, tables and heads of `model` run as C++ that takes and gives `dtype`.
 
     Args:
-        model: changed in place; other models are not. Its weights are on the CPU, in any dtype; they are used up.
+        model: changed in place; other models are not. Its weights are on the CPU, in any dtype.
         kernels: what `load_kernels` returns.
         dtype: float32, bfloat16 or float16.
+
+    Returns:
+        To be called with each parameter before the model runs, once it is filled: a weight is replaced by a packed copy.
     """
     owners: dict[nn.Parameter, list[nn.Module]] = {}
     for layer in model.modules():
         if isinstance(layer, (ParallelLinear, VocabParallelEmbedding)):
             owners.setdefault(layer.weight, []).append(layer)
-    while owners:
-        weight, layers = owners.popitem()
-        packed = nn.Parameter(kernels.pack_weight(weight, dtype), requires_grad=False)
+
+    def pack(weight: nn.Parameter) -> None:
+        layers = owners.pop(weight, [])
+        packed = nn.Parameter(kernels.pack_weight(weight, dtype), requires_grad=False) if layers else weight
         for layer in layers:
             layer.weight = packed
 
@@ -53,3 +58,4 @@ def use_packed_weights(model: nn.Module, kernels: Any, dtype: torch.dtype) -> No
     replace_methods(model, ParallelLinear, multiply=multiply)
     replace_methods(model, VocabParallelEmbedding, look_up=look_up)
     replace_methods(model, ParallelLMHead, multiply=multiply)
+    return pack

@@ -1,11 +1,14 @@
 """Safetensors -> parameters: every parameter exactly once, or an error that names the tensor and the file.
 
 A model is built on the meta device, given uninitialised memory by `materialize`, and filled by `load_weights` tensor by
-tensor, so that loading needs the memory of the weights and of one tensor, and no time for values that are overwritten.
+tensor, so that loading needs the memory of the weights and of one tensor, and no time for values that are overwritten. Memory
+that nobody has written to yet, the system has not given yet: where each weight is packed when it is filled, loading needs the
+memory of the packed weights and of a few others.
 """
 
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -69,19 +72,26 @@ def materialize(model: nn.Module, dtype: torch.dtype, device: torch.device, matr
             module._parameters[name] = replaced[parameter]
 
 
-def load_weights(model: CheckpointModule, folder: Path, ranks: Ranks | None = None) -> None:
+def load_weights(
+    model: CheckpointModule,
+    folder: Path,
+    ranks: Ranks | None = None,
+    use: Callable[[nn.Parameter], None] = lambda parameter: None,
+) -> None:
     """Fill all parameters of a materialized model from a checkpoint folder.
 
     Args:
         model: says which slices of the tensors it needs; nothing else is read.
         folder: the checkpoint.
         ranks: others that are loading theirs meanwhile.
+        use: called with each parameter as soon as it is filled, and may replace it: its memory serves for the next ones then.
 
     Raises:
         FileNotFoundError: no safetensors files, or one that the index names is missing.
         ValueError: a tensor that is missing, unknown, given twice or of the wrong shape, or a file that cannot be read.
     """
     missing = _expected_parts(model)
+    num_missing = Counter(name for name, _ in missing)  # parts of each parameter
     parameters = dict(model.named_parameters())
     loaded: dict[tuple[str, str], str] = {}
     for file in checkpoint_files(folder):
@@ -101,6 +111,9 @@ def load_weights(model: CheckpointModule, folder: Path, ranks: Ranks | None = No
                 raise ValueError(f"tensor {tensor_name} in {file}: {error}") from None
             loaded[target] = str(file)
             missing.discard(target)
+            num_missing[target[0]] -= 1
+            if num_missing[target[0]] == 0:
+                use(parameters.pop(target[0]))
     if missing:
         names = sorted(f"{name} ({part})" if part else name for name, part in missing)
         raise ValueError(f"{folder} lacks {len(names)} tensors that the config asks for: {', '.join(names[:8])}")

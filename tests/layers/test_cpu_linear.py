@@ -190,7 +190,12 @@ def make_layers(dtype: torch.dtype) -> nn.ModuleDict:
 def test_layers_give_what_plain_ones_give_and_a_tied_table_is_there_once(kernels: Any, dtype: torch.dtype) -> None:
     plain, packed = make_layers(dtype), make_layers(dtype)
     originals = [weakref.ref(layer.weight) for layer in packed.values()]
-    use_packed_weights(packed, kernels, dtype)
+    pack = use_packed_weights(packed, kernels, dtype)
+    for original in originals:
+        parameter = original()
+        if parameter is not None:  # the head's has become the table's
+            pack(parameter)
+    del parameter
     gc.collect()
     assert [original() for original in originals] == [None] * 4
     assert packed["head"].weight is packed["table"].weight

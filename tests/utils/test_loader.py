@@ -91,6 +91,24 @@ def write_sharded(folder: Path, tensors: dict[str, Tensor], num_files: int = 3) 
     return sorted(folder.glob("*-of-*.safetensors"))
 
 
+def test_each_parameter_is_used_when_it_is_filled_and_then_let_go(folder: Path) -> None:
+    model = build(folder)
+    names = {weakref.ref(parameter): name for name, parameter in model.named_parameters()}
+    used: list[str] = []
+
+    def use(parameter: nn.Parameter) -> None:
+        assert not parameter.isnan().any(), "it is whole"
+        assert all(original() is None for original, name in names.items() if name in used), "those before are gone"
+        used.append(names[weakref.ref(parameter)])
+        for module in model.modules():
+            for name, own in module.named_parameters(recurse=False):
+                if own is parameter:
+                    setattr(module, name, nn.Parameter(torch.zeros(1), requires_grad=False))
+
+    load_weights(model, folder, use=use)
+    assert sorted(used) == sorted(names.values())
+
+
 # ---- what is loaded ----
 
 
