@@ -3,7 +3,7 @@
     python bench.py                                        # a workload that fits the machine
     python bench.py --model PATH --num-seqs 96 --input-len 50 256 --output-len 50 256
     python bench.py --shared-prefix 1024 --repeat 3 --json result.json --plot result.png
-    python bench.py --engine transformers                  # a peer on the same work; it must be installed here
+    python bench.py --model PATH --engine transformers     # a peer on the same work: in an interpreter that has it
     python bench.py --host-overhead                        # what a decode step costs in Python, without a model
     python bench.py --batch-overhead                       # what a row of `nanovllm batch` costs beside the model
     python bench.py --sampler                              # the sampler alone: 96 rows of 151,936 logits
@@ -17,190 +17,13 @@ import platform
 import resource
 import statistics
 import sys
-import time
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib.metadata import distributions
 from pathlib import Path
-from random import Random
-from typing import Any
 
 import torch
 
-from benchmarks.batch_overhead import print_batch_overhead
-from benchmarks.hand_over import print_hand_over
-from benchmarks.host_overhead import print_host_overhead
-from example import choose_model
-from nanovllm import LLM, SamplingParams
-from nanovllm.layers.cpu_layers import fuse_layers
-from nanovllm.layers.sampler import Filters, Sampler
-from nanovllm.utils.cpu_build import BuildError, load_kernels
-from nanovllm.utils.device import choose_device, choose_dtype
-
-
-@dataclass(frozen=True)
-class Workload:
-    """The work that every engine is given."""
-
-    num_seqs: int
-    input_len: tuple[int, int]
-    output_len: tuple[int, int]
-    shared_prefix: int
-    temperature: float
-    seed: int = 0
-    vocab: int = 10_000
-
-    def draw(self) -> tuple[list[list[int]], list[int]]:
-        """Prompts as token ids, and the number of output tokens of each."""
-        rng = Random(self.seed)
-
-        def tokens(n: int) -> list[int]:
-            return [rng.randrange(self.vocab) for _ in range(n)]
-
-        prefix = tokens(self.shared_prefix)
-        prompts = [prefix + tokens(rng.randint(*self.input_len)) for _ in range(self.num_seqs)]
-        return prompts, [rng.randint(*self.output_len) for _ in range(self.num_seqs)]
-
-
-@dataclass
-class Measurement:
-    """One run. Times in seconds; those that an engine does not tell are None."""
-
-    load_s: float
-    total_s: float
-    first_token_s: float | None = None  # until the first request has its first token
-    prefill_s: float | None = None  # steps that hold prefill tokens; decodes may ride along
-    decode_s: float | None = None  # steps that only decode
-    decoded_in_decode: int = 0  # tokens of those
-    prefix_hit_tokens: int = 0
-    preemptions: int = 0
-    timeline: list[tuple[float, int, int, float]] = field(default_factory=list)  # end, tokens, batch size, KV use
-
-
-def run_nanovllm(model: str, workload: Workload, args: argparse.Namespace) -> Callable[[], Measurement]:
-    """Load once; each call of what is returned times the workload."""
-    start = time.perf_counter()
-    llm = LLM(
-        model,
-        max_model_len=args.max_model_len,
-        max_num_seqs=args.max_num_seqs,
-        enforce_eager=args.enforce_eager,
-        tensor_parallel_size=args.tensor_parallel_size,
-    )
-    llm.generate([[1, 2, 3]], SamplingParams(max_tokens=8, ignore_eos=True), use_tqdm=False)
-    load_s = time.perf_counter() - start
-
-    def measure() -> Measurement:
-        prompts, lengths = workload.draw()
-        manager, preempted = llm.scheduler.block_manager, llm.scheduler.num_preemptions
-        manager.reset()  # no hits from the run before
-        for prompt, length in zip(prompts, lengths, strict=True):
-            params = SamplingParams(temperature=workload.temperature, ignore_eos=True, max_tokens=length)
-            llm.add_request(prompt, params)
-        sequences = list(llm.scheduler.waiting)
-        result = Measurement(load_s, total_s=0.0, prefill_s=0.0, decode_s=0.0)
-        start = last = time.perf_counter()
-        while not llm.is_finished():
-            _, num_tokens = llm.step()
-            now = time.perf_counter()
-            if num_tokens > 0:
-                result.prefill_s += now - last
-            else:
-                result.decode_s += now - last
-                result.decoded_in_decode -= num_tokens
-            if result.first_token_s is None and any(len(s) > s.num_prompt_tokens for s in sequences):
-                result.first_token_s = now - start
-            used = 1 - manager.num_free_blocks / manager.num_blocks
-            result.timeline.append((now - start, abs(num_tokens), len(llm.scheduler.running), used))
-            last = now
-        result.total_s = last - start
-        result.prefix_hit_tokens = sum(s.num_cached_tokens or 0 for s in sequences)
-        result.preemptions = llm.scheduler.num_preemptions - preempted
-        return result
-
-    return measure
-
-
-def run_vllm(model: str, workload: Workload, args: argparse.Namespace) -> Callable[[], Measurement]:
-    """vLLM, from the interpreter that runs this script."""
-    from vllm import LLM as VLLM
-    from vllm import SamplingParams as VParams
-
-    start = time.perf_counter()
-    llm = VLLM(model, max_model_len=args.max_model_len, max_num_seqs=args.max_num_seqs, enforce_eager=args.enforce_eager)
-    llm.generate([{"prompt_token_ids": [1, 2, 3]}], VParams(max_tokens=8, ignore_eos=True), use_tqdm=False)
-    load_s = time.perf_counter() - start
-
-    def measure() -> Measurement:
-        prompts, lengths = workload.draw()
-        llm.reset_prefix_cache()
-        params = [
-            VParams(temperature=workload.temperature, ignore_eos=True, max_tokens=n, detokenize=False) for n in lengths
-        ]
-        start = time.perf_counter()
-        llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-        return Measurement(load_s, time.perf_counter() - start)
-
-    return measure
-
-
-def run_transformers(model: str, workload: Workload, args: argparse.Namespace) -> Callable[[], Measurement]:
-    """Transformers' generate on one left-padded batch; it runs until the longest output is there."""
-    from transformers import AutoModelForCausalLM
-
-    start = time.perf_counter()
-    device = choose_device("auto")
-    lm = AutoModelForCausalLM.from_pretrained(model, torch_dtype="auto")
-    lm = lm.to(device, choose_dtype("auto", lm.dtype, device))  # as ours: a CPU may have no bf16 instructions
-    load_s = time.perf_counter() - start
-
-    def measure() -> Measurement:
-        prompts, lengths = workload.draw()
-        width, longest = max(map(len, prompts)), max(lengths)
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        sampling: dict[str, Any] = {"do_sample": False}
-        if workload.temperature > 0:
-            sampling = {"do_sample": True, "temperature": workload.temperature, "top_k": 0}
-        start = time.perf_counter()
-        lm.generate(ids, attention_mask=mask, max_new_tokens=longest, min_new_tokens=longest, pad_token_id=0, **sampling)
-        return Measurement(load_s, time.perf_counter() - start)
-
-    return measure
-
-
-ENGINES = {"nanovllm": run_nanovllm, "vllm": run_vllm, "transformers": run_transformers}
-
-
-def time_sampler(num_rows: int = 96, vocab_size: int = 151_936, repeat: int = 7) -> dict[str, float]:
-    """Milliseconds for one token of each row, the best of some, by sampling settings."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    logits = 3 * torch.randn(num_rows, vocab_size, device=device)
-    logits[:, ::5000] += 15  # as peaked as a model's often are
-    uniforms = torch.rand(num_rows)
-    sampler = Sampler()
-    if device == "cpu":
-        with suppress(BuildError):  # as in the engine: without a compiler the plain one runs
-            fuse_layers(sampler, load_kernels())
-
-    def measure(temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> float:
-        columns = (torch.full((num_rows,), value) for value in (top_k, top_p, min_p))
-        filters = None if (top_k, top_p, min_p) == (0, 1.0, 0.0) else Filters(*columns)
-        seconds = []
-        for _ in range(repeat + 1):
-            start = time.perf_counter()
-            sampler(logits, torch.full((num_rows,), temperature), uniforms, filters)
-            seconds.append(time.perf_counter() - start)
-        return round(1e3 * min(seconds[1:]), 1)
-
-    return {
-        "greedy_ms": measure(0.0),
-        "temperature_ms": measure(0.7),
-        "top_k_50_top_p_0.95_ms": measure(0.7, top_k=50, top_p=0.95),
-        "top_p_0.95_ms": measure(0.7, top_p=0.95),
-        "min_p_0.05_ms": measure(0.7, min_p=0.05),
-    }
+from benchmarks.engines import ENGINES, Measurement, Workload
 
 
 def summarize(workload: Workload, runs: list[Measurement]) -> dict[str, float | None]:
@@ -252,7 +75,9 @@ def describe_machine() -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
     }
-    return machine | installed_versions("nano-vllm", "torch", "transformers", "triton", "flash-attn", "vllm")
+    return machine | installed_versions(
+        "nano-vllm", "torch", "transformers", "triton", "flash-attn", "vllm", "openvino-genai"
+    )
 
 
 def installed_versions(*names: str) -> dict[str, str]:
@@ -287,7 +112,7 @@ def parse_args() -> argparse.Namespace:
     """nano-vLLM's own benchmark where there is a GPU, a workload of a minute or so where there is none."""
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="default: as example.py chooses")
+    parser.add_argument("--model", help="default: as example.py chooses; for openvino a converted folder")
     parser.add_argument("--engine", choices=ENGINES, default="nanovllm")
     parser.add_argument("--num-seqs", type=int, default=256 if gpu else 64)
     parser.add_argument("--input-len", type=int, nargs=2, metavar=("MIN", "MAX"), default=(100, 1024) if gpu else (50, 256))
@@ -317,25 +142,45 @@ def write_json(path: str | None, content: object) -> None:
             json.dump(content, file, indent=2)
 
 
+def choose_model(name: str | None) -> str:
+    """The model named, or example.py's; without one a peer's interpreter would need this project."""
+    if name is not None:
+        return name
+    import example
+
+    return str(example.choose_model(None))
+
+
+def measure_part(args: argparse.Namespace) -> object:
+    """What was asked for beside a model: printed, and returned for --json."""
+    if args.host_overhead and args.tensor_parallel_size > 1:
+        from benchmarks.hand_over import print_hand_over
+
+        return print_hand_over(args.tensor_parallel_size, args.num_seqs)
+    if args.host_overhead:
+        from benchmarks.host_overhead import print_host_overhead
+
+        return print_host_overhead()
+    if args.batch_overhead:
+        from benchmarks.batch_overhead import print_batch_overhead
+
+        return print_batch_overhead(Path(choose_model(args.model)))
+    from benchmarks.sampler import time_sampler
+
+    result = {**describe_machine(), **time_sampler()}
+    for name, value in result.items():
+        print(f"  {name:24s} {value}")
+    return result
+
+
 def main() -> None:
     """Measure, print, write."""
     args = parse_args()
-    if args.host_overhead:
-        if args.tensor_parallel_size > 1:
-            write_json(args.json, print_hand_over(args.tensor_parallel_size, args.num_seqs))
-        else:
-            write_json(args.json, print_host_overhead())
-        return
-    if args.batch_overhead:
-        write_json(args.json, print_batch_overhead(Path(choose_model(args.model))))
-        return
-    if args.sampler:
-        print(describe_machine())
-        for name, milliseconds in time_sampler().items():
-            print(f"  {name:24s} {milliseconds}")
+    if args.host_overhead or args.batch_overhead or args.sampler:
+        write_json(args.json, measure_part(args))
         return
     workload = Workload(args.num_seqs, tuple(args.input_len), tuple(args.output_len), args.shared_prefix, args.temperature)
-    model = str(choose_model(args.model))
+    model = choose_model(args.model)
     measure = ENGINES[args.engine](model, workload, args)
     runs = [measure() for _ in range(args.repeat)]
     summary, machine = summarize(workload, runs), describe_machine()

@@ -1,9 +1,9 @@
 """Safetensors -> parameters: every parameter exactly once, or an error that names the tensor and the file.
 
 A model is built on the meta device, given uninitialised memory by `materialize`, and filled by `load_weights` tensor by
-tensor, so that loading needs the memory of the weights and of one tensor, and no time for values that are overwritten. Memory
-that nobody has written to yet, the system has not given yet: where each weight is packed when it is filled, loading needs the
-memory of the packed weights and of a few others.
+tensor, so that loading needs the memory of the weights and of one tensor, and no time for values that are overwritten. The
+system gives memory when it is written to: where each weight is packed as soon as it is filled, loading needs the memory of
+the packed weights and of a few others.
 """
 
 import json
@@ -84,7 +84,7 @@ def load_weights(
         model: says which slices of the tensors it needs; nothing else is read.
         folder: the checkpoint.
         ranks: others that are loading theirs meanwhile.
-        use: called with each parameter as soon as it is filled, and may replace it: its memory serves for the next ones then.
+        use: called with each parameter as soon as it is filled. It may replace it: its memory serves for the next ones then.
 
     Raises:
         FileNotFoundError: no safetensors files, or one that the index names is missing.

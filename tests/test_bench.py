@@ -1,0 +1,47 @@
+"""bench.py and the engines that it compares."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import CheckpointFactory
+
+from benchmarks.engines import ENGINES, Workload
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_a_workload_is_the_same_for_every_engine() -> None:
+    workload = Workload(20, (5, 9), (3, 4), shared_prefix=7, temperature=0.6)
+    prompts, lengths = workload.draw()
+    assert (prompts, lengths) == workload.draw()
+    assert len(prompts) == len(lengths) == 20
+    assert {len(prompt) - 7 for prompt in prompts} == {5, 6, 7, 8, 9}
+    assert set(lengths) == {3, 4}
+    assert len({tuple(prompt[:7]) for prompt in prompts}) == 1
+
+
+@pytest.mark.parametrize("engine", ["nanovllm", "transformers"])
+def test_an_engine_gives_its_numbers(checkpoint: CheckpointFactory, tmp_path: Path, engine: str) -> None:
+    path, model = tmp_path / "result.json", checkpoint(vocab_size=10_000)
+    work = ["--num-seqs", "3", "--input-len", "4", "9", "--output-len", "2", "5", "--max-model-len", "32"]
+    command = [sys.executable, "bench.py", "--model", str(model), "--engine", engine, "--json", str(path), *work]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    result = json.loads(path.read_text())
+    assert (result["engine"], result["workload"]["num_seqs"]) == (engine, 3)
+    assert result["output_tok_s"] == pytest.approx(result["output_tokens"] / result["total_s"], rel=0.05)
+    assert engine in done.stdout.splitlines()[-13]
+
+
+@pytest.mark.parametrize("engine", sorted(ENGINES.keys() - {"nanovllm"}))
+def test_a_peer_needs_nothing_of_this_project(tmp_path: Path, engine: str) -> None:
+    (tmp_path / "nanovllm.py").write_text("raise ImportError('nanovllm is not here')")
+    names = ["vllm", "transformers", "openvino", "openvino_genai"]
+    for name in names:
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('reached {name}')")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); sys.argv[0] = 'bench.py'; import bench; bench.main()"
+    command = [sys.executable, "-c", code, "--model", "some-folder", "--engine", engine]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert f"reached {engine}" in done.stderr, done.stderr
