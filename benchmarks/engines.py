@@ -143,15 +143,17 @@ def run_openvino(model: str, workload: Workload, args: argparse.Namespace) -> Ca
     ids = count()
 
     def generate(prompts: list[list[int]], lengths: list[int], temperature: float) -> None:
+        handles = []  # a request lives as long as its handle
         for prompt, length in zip(prompts, lengths, strict=True):
             config = genai.GenerationConfig()
             config.max_new_tokens = config.min_new_tokens = length
             config.ignore_eos = True
             if temperature > 0:  # among all tokens it samples far more slowly than it computes
                 config.do_sample, config.temperature, config.top_k = True, temperature, 50
-            pipeline.add_request(next(ids), openvino.Tensor(np.array([prompt], dtype=np.int64)), config)
+            handles.append(pipeline.add_request(next(ids), openvino.Tensor(np.array([prompt], dtype=np.int64)), config))
         while pipeline.has_non_finished_requests():
             pipeline.step()
+        assert [len(handle.read_all()[0].generated_ids) for handle in handles] == lengths
 
     generate([[1, 2, 3]], [8], 0.0)
     load_s = time.perf_counter() - start
