@@ -40,8 +40,6 @@ namespace {
 template <class F>
 constexpr int64_t ROWS_PER_TASK = F::BY_AMX ? 128 : 48;  // a multiple of a tile's rows
 
-constexpr double LOG2_E = 1.4426950408889634;
-
 // ---- the work on a task ----
 
 template <class F>

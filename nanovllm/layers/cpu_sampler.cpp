@@ -31,7 +31,7 @@ using namespace blocks;
 
 constexpr int64_t GROUP = 128;  // tokens
 constexpr int64_t UNSOUND = -1;  // what stands for a token in a row without a largest finite logit
-constexpr float NEGLIGIBLE = -87.0f;  // below it exp_nonpositive is 0
+constexpr float NEGLIGIBLE = -126.0f;  // below it exp2_nonpositive is 0
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 constexpr int64_t FIRST = 16, MORE = 8;  // tokens that top_p looks at first, and times as many then
 static_assert(GROUP % BLOCK == 0);
@@ -70,6 +70,9 @@ struct Choice {
   float temperature, uniform;
   int64_t top_k;
   float top_p, min_p;
+
+  // Of differences of logits, for powers of 2; finite, so that none is none at any temperature.
+  float scale() const { return std::min(LOG2_E / temperature, std::numeric_limits<float>::max()); }
 };
 
 struct Candidate {
@@ -134,14 +137,14 @@ class Row {
   }
 
   // A token's probability, but for a factor: that of the most likely token of all is 1.
-  float weight(float logit, const Choice& choice) const { return exp_nonpositive((logit - largest_) / choice.temperature); }
+  float weight(float logit, const Choice& choice) const { return exp2_nonpositive((logit - largest_) * choice.scale()); }
 
   // Those of a group's tokens; 0 below min_p.
   Group weigh(int64_t group, const Choice& choice) const {
     Group result = load(group);
-    const float largest = largest_, temperature = choice.temperature, min_p = choice.min_p;
+    const float largest = largest_, scale = choice.scale(), min_p = choice.min_p;
     for (float& value : result.values) {
-      const float weight = exp_nonpositive((value - largest) / temperature);
+      const float weight = exp2_nonpositive((value - largest) * scale);
       value = weight < min_p ? 0.0f : weight;
     }
     return result;
@@ -151,7 +154,7 @@ class Row {
   double sum_groups(const Choice& choice) {
     double total = 0.0;
     for (int64_t group = 0; group < num_groups_; ++group) {
-      const bool counts = (tables_.largest[group] - largest_) / choice.temperature >= NEGLIGIBLE;
+      const bool counts = (tables_.largest[group] - largest_) * choice.scale() >= NEGLIGIBLE;
       tables_.sums[group] = total += counts ? weigh(group, choice).sum() : 0.0;
     }
     return total;

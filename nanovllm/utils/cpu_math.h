@@ -9,6 +9,8 @@
 
 namespace {
 
+constexpr float LOG2_E = 1.44269504f;
+
 ALWAYS_INLINE float fused_multiply_add(float a, float b, float c) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   return __builtin_fmaf(a, b, c);
@@ -21,7 +23,7 @@ ALWAYS_INLINE float fused_multiply_add(float a, float b, float c) {
 // 2^n * e^r with n = round(x / ln 2), r in [-ln 2 / 2, ln 2 / 2] and e^r by its Taylor polynomial, whose next term is
 // below 2^-27. Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits. The compiler vectorises this.
 ALWAYS_INLINE float exp_nonpositive(float x) {
-  const float shifted = fused_multiply_add(x, 1.44269504f, 12582912.0f);
+  const float shifted = fused_multiply_add(x, LOG2_E, 12582912.0f);
   const float n = shifted - 12582912.0f;
   const float r = fused_multiply_add(n, -1.42860677e-6f, fused_multiply_add(n, -0.693145752f, x));
   float y = fused_multiply_add(r, 1.0f / 720, 1.0f / 120);
