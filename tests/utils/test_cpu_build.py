@@ -140,7 +140,7 @@ def test_a_lower_capability_of_torch_is_obeyed() -> None:
     assert "-mavx" not in output
 
 
-@pytest.mark.parametrize("features", [{"avx512_bf16"}, {"avx512_bf16", "amx_bf16"}], ids=str)
+@pytest.mark.parametrize("features", [{"avx512_bf16"}, {"avx512_bf16", "amx_bf16"}], ids=["dot", "amx"])
 def test_avx512_and_amx_compile_with_the_real_intrinsics(monkeypatch: pytest.MonkeyPatch, features: set[str]) -> None:
     if platform.machine() not in ("x86_64", "AMD64"):
         return  # no such compiler flags
