@@ -152,10 +152,9 @@ struct Strips {
 // that are due at some time of amx::multiply_add.
 template <int STRIPS>
 ALWAYS_INLINE void fetch(const at::BFloat16* one, const at::BFloat16* other, int time) {
-  constexpr int64_t TIMES = amx::NUM_BETWEEN<STRIPS>;
-  const int64_t end = 32 * (time + 1) / TIMES;
+  const int64_t end = amx::count_before<STRIPS>(32, time + 1);
 #pragma GCC unroll 8
-  for (int64_t line = 32 * time / TIMES; line < end; ++line) {
+  for (int64_t line = amx::count_before<STRIPS>(32, time); line < end; ++line) {
     __builtin_prefetch(line < 16 ? one + line * amx::STEP : other + (line - 16) * amx::STEP, 0, 2);
   }
 }
@@ -168,7 +167,7 @@ NO_INLINE void score_strips(
   const Strips<float> sums(scores, num_rows, SCORE_STRIDE);
   constexpr int64_t LINES = amx::STEP * TILE;  // values that a tile takes at once
   for (int64_t tile = 0; tile < num_tiles; tile += 2) {
-    amx::clear<STRIPS, 2>();
+    amx::clear<STRIPS>();
     for (int64_t step = 0; step < head_dim / amx::STEP; ++step) {
       const at::BFloat16* rows[2] = {queries.rows[0] + step * amx::STEP, queries.rows[1] + step * amx::STEP};
       const at::BFloat16* lines[2] = {kv.k[tile] + step * LINES, kv.k[tile + 1] + step * LINES};
@@ -176,7 +175,7 @@ NO_INLINE void score_strips(
         if constexpr (STRIPS == 1) fetch<STRIPS>(kv.v[tile] + step * LINES, kv.v[tile + 1] + step * LINES, time);
       });
     }
-    amx::store<STRIPS, 2>({sums.rows[0] + tile * TILE, sums.rows[1] + tile * TILE}, SCORE_STRIDE * sizeof(float));
+    amx::store<STRIPS>({sums.rows[0] + tile * TILE, sums.rows[1] + tile * TILE}, SCORE_STRIDE * sizeof(float));
   }
 }
 
@@ -187,7 +186,7 @@ NO_INLINE void weigh_strips(
   const Strips<const at::BFloat16> probabilities(p, num_rows, SCORE_STRIDE);
   const Strips<float> sums(out, num_rows, head_dim);
   for (int64_t dim = 0; dim < head_dim; dim += 2 * TILE) {
-    amx::clear<STRIPS, 2>();
+    amx::clear<STRIPS>();
     for (int64_t tile = 0; tile < num_tiles; tile += 2) {  // V of two tiles lies together
       const at::BFloat16 *one = next.k_or(tile, kv.v[tile]) + dim * TILE, *other = next.k_or(tile + 1, kv.v[tile]) + dim * TILE;
       const at::BFloat16* rows[2] = {probabilities.rows[0] + tile * TILE, probabilities.rows[1] + tile * TILE};
@@ -196,7 +195,7 @@ NO_INLINE void weigh_strips(
         if constexpr (STRIPS == 1) fetch<STRIPS>(one, other, time);
       });
     }
-    amx::store<STRIPS, 2>({sums.rows[0] + dim, sums.rows[1] + dim}, head_dim * sizeof(float));
+    amx::store<STRIPS>({sums.rows[0] + dim, sums.rows[1] + dim}, head_dim * sizeof(float));
   }
 }
 #endif

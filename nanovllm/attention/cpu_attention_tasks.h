@@ -86,20 +86,19 @@ class Tree {
 
   // Sequences from `first` to before `end` of the order, which have all partitions before `partition` in common.
   void grow(int64_t first, int64_t end, int64_t partition, int64_t depth) {
-    if (end - first == 1) return add(depth, {order_[first], 0, 0, partition, 0, true}, first, end);
+    if (end - first == 1) return add(depth, first, end, partition, 0, true);
     const int64_t common = *std::min_element(common_.begin() + first + 1, common_.begin() + end);
-    if (common > partition) add(depth++, {order_[first], 0, 0, partition, common, false}, first, end);
+    if (common > partition) add(depth++, first, end, partition, common, false);
     for (int64_t begin = first, next; begin < end; begin = next) {
       for (next = begin + 1; next < end && common_[next] > common;) ++next;
       grow(begin, next, common, depth);
     }
   }
 
-  void add(int64_t depth, Segment segment, int64_t first, int64_t end) {
-    segment.first_query = first_queries_[first];
-    segment.num_queries = first_queries_[end] - segment.first_query;
+  void add(int64_t depth, int64_t first, int64_t end, int64_t first_partition, int64_t end_partition, bool is_last) {
+    const int64_t query = first_queries_[first], num_queries = first_queries_[end] - query;
     if (depth >= static_cast<int64_t>(levels.size())) levels.resize(depth + 1);
-    levels[depth].push_back(segment);
+    levels[depth].push_back({order_[first], query, num_queries, first_partition, end_partition, is_last});
   }
 
   const Sequences sequences_;

@@ -85,7 +85,7 @@ class AmxPanels {
     const int64_t lines_a_step = (num_ahead / CACHE_LINE + steps - 1) / steps;
     int64_t counts[amx::NUM_BETWEEN<STRIPS>];
     for (int64_t time = 0; time < amx::NUM_BETWEEN<STRIPS>; ++time) {
-      counts[time] = lines_a_step * (time + 1) / amx::NUM_BETWEEN<STRIPS> - lines_a_step * time / amx::NUM_BETWEEN<STRIPS>;
+      counts[time] = amx::count_before<STRIPS>(lines_a_step, time + 1) - amx::count_before<STRIPS>(lines_a_step, time);
     }
     const Value* strips[2] = {x + rows[0] * shape.x_stride, x + rows[1] * shape.x_stride};
     const Value* lines[2] = {weight, weight + TILE_SIZE};
@@ -99,7 +99,7 @@ class AmxPanels {
     }
     write(unwritten_.num_rows);
     float* sums = sums_[is_odd_ = !is_odd_];
-    amx::store<STRIPS, 2>({sums, sums + height_ * PANEL<F>}, PANEL<F> * sizeof(float));
+    amx::store<STRIPS>({sums, sums + height_ * PANEL<F>}, PANEL<F> * sizeof(float));
     return sums;
   }
 

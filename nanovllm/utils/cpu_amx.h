@@ -63,12 +63,12 @@ class Tiles {
 };
 
 // Strides are in bytes.
-template <int STRIPS, int LINES>
+template <int STRIPS>
 ALWAYS_INLINE void clear() {
   _tile_zero(0);
-  if constexpr (LINES == 2) _tile_zero(1);
+  _tile_zero(1);
   if constexpr (STRIPS == 2) _tile_zero(2);
-  if constexpr (STRIPS == 2 && LINES == 2) _tile_zero(3);
+  if constexpr (STRIPS == 2) _tile_zero(3);
 }
 
 // The same for every row.
@@ -84,6 +84,10 @@ ALWAYS_INLINE void fill(const float* row) {
 // is to be done meanwhile, such as fetching what comes next: a few lines at a time keep the memory busiest.
 template <int STRIPS>
 constexpr int64_t NUM_BETWEEN = STRIPS == 2 ? 8 : 6;
+
+// Of `count` things to be done evenly, how many come before a time.
+template <int STRIPS>
+ALWAYS_INLINE int64_t count_before(int64_t count, int64_t time) { return count * time / NUM_BETWEEN<STRIPS>; }
 
 template <int STRIPS, class T, class Between>
 ALWAYS_INLINE void multiply_add(
@@ -107,12 +111,12 @@ ALWAYS_INLINE void multiply_add(
 }
 
 // strips[s]: where the first sum of a strip goes; the sums of the second line lie behind those of the first.
-template <int STRIPS, int LINES>
+template <int STRIPS>
 ALWAYS_INLINE void store(float* const (&strips)[2], int64_t row_stride) {
   _tile_stored(0, strips[0], row_stride);
-  if constexpr (LINES == 2) _tile_stored(1, strips[0] + STRIP, row_stride);
+  _tile_stored(1, strips[0] + STRIP, row_stride);
   if constexpr (STRIPS == 2) _tile_stored(2, strips[1], row_stride);
-  if constexpr (STRIPS == 2 && LINES == 2) _tile_stored(3, strips[1] + STRIP, row_stride);
+  if constexpr (STRIPS == 2) _tile_stored(3, strips[1] + STRIP, row_stride);
 }
 
 #endif

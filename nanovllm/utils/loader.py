@@ -7,7 +7,6 @@ the packed weights and of a few others.
 """
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -91,7 +90,6 @@ def load_weights(
         ValueError: a tensor that is missing, unknown, given twice or of the wrong shape, or a file that cannot be read.
     """
     missing = _expected_parts(model)
-    num_missing = Counter(name for name, _ in missing)  # parts of each parameter
     parameters = dict(model.named_parameters())
     loaded: dict[tuple[str, str], str] = {}
     for file in checkpoint_files(folder):
@@ -103,19 +101,20 @@ def load_weights(
             target = _target_of(model, tensor_name)
             if target in loaded:
                 raise ValueError(f"tensor {tensor_name} is in {file} and in {loaded[target]}")
-            if target not in missing:
+            name, part = target
+            if part not in missing.get(name, ()):
                 raise ValueError(f"tensor {tensor_name} in {file} is unknown to this architecture")
             try:
-                _load_one(model, parameters[target[0]], target, tensor)
+                _load_one(model, parameters[name], target, tensor)
             except ValueError as error:
                 raise ValueError(f"tensor {tensor_name} in {file}: {error}") from None
             loaded[target] = str(file)
-            missing.discard(target)
-            num_missing[target[0]] -= 1
-            if num_missing[target[0]] == 0:
-                use(parameters.pop(target[0]))
+            missing[name].remove(part)
+            if not missing[name]:
+                del missing[name]
+                use(parameters.pop(name))
     if missing:
-        names = sorted(f"{name} ({part})" if part else name for name, part in missing)
+        names = sorted(f"{name} ({part})" if part else name for name, parts in missing.items() for part in parts)
         raise ValueError(f"{folder} lacks {len(names)} tensors that the config asks for: {', '.join(names[:8])}")
 
 
@@ -168,11 +167,12 @@ def copy_slice(target: Tensor, tensor: CheckpointTensor, dim: int = 0, shard: Sh
         target.narrow(dim, filled, target.shape[dim] - filled).zero_()  # padding: adds nothing wherever it is read
 
 
-def _expected_parts(model: CheckpointModule) -> set[tuple[str, str]]:
-    expected = set()
+def _expected_parts(model: CheckpointModule) -> dict[str, set[str]]:
+    """Of each parameter."""
+    expected = {}
     for name, _ in model.named_parameters():
         layer = model.get_submodule(name.rpartition(".")[0])
-        expected |= {(name, part) for part in (layer.parts if isinstance(layer, LoadsParts) else ("",))}
+        expected[name] = set(layer.parts if isinstance(layer, LoadsParts) else ("",))
     return expected
 
 

@@ -191,10 +191,8 @@ def test_layers_give_what_plain_ones_give_and_a_tied_table_is_there_once(kernels
     plain, packed = make_layers(dtype), make_layers(dtype)
     originals = [weakref.ref(layer.weight) for layer in packed.values()]
     pack = use_packed_weights(packed, kernels, dtype)
-    for original in originals:
-        parameter = original()
-        if parameter is not None:  # the head's has become the table's
-            pack(parameter)
+    for parameter in [*packed.parameters()]:
+        pack(parameter)
     del parameter
     gc.collect()
     assert [original() for original in originals] == [None] * 4
