@@ -44,7 +44,7 @@ class AmxPanels {
     tiles_.set_rows(height_);
   }
   ~AmxPanels() {
-    write(unwritten_.num_rows);
+    while (unwritten_.row < unwritten_.num_rows) write_row();
     _mm_sfence();  // what was written past the cache is there before the others are told
   }
 
@@ -81,7 +81,6 @@ class AmxPanels {
       const Value* ahead, int64_t num_ahead) {
     constexpr int64_t CACHE_LINE = 64 / sizeof(Value);
     const int64_t steps = shape.input_size / amx::STEP;
-    const int64_t rows_a_step = (unwritten_.num_rows + steps - 1) / steps;
     const int64_t lines_a_step = (num_ahead / CACHE_LINE + steps - 1) / steps;
     int64_t counts[amx::NUM_BETWEEN<STRIPS>];
     for (int64_t time = 0; time < amx::NUM_BETWEEN<STRIPS>; ++time) {
@@ -90,31 +89,31 @@ class AmxPanels {
     const Value* strips[2] = {x + rows[0] * shape.x_stride, x + rows[1] * shape.x_stride};
     const Value* lines[2] = {weight, weight + TILE_SIZE};
     amx::fill<STRIPS>(start);
+    int64_t due = 0;  // rows to be written, times steps
     for (int64_t step = 0; step < steps; ++step) {
       amx::multiply_add<STRIPS>(strips, shape.x_stride * sizeof(Value), lines, LINE_STRIDE, [&](int time) INLINED {
         for (int64_t line = 0; line < counts[time]; ++line, ahead += CACHE_LINE) __builtin_prefetch(ahead, 0, 2);
       });
       for (int i = 0; i < 2; ++i) strips[i] += amx::STEP, lines[i] += amx::STEP * PANEL<F>;
-      write(rows_a_step);
+      for (due += unwritten_.num_rows; due >= steps; due -= steps) write_row();
     }
-    write(unwritten_.num_rows);
     float* sums = sums_[is_odd_ = !is_odd_];
     amx::store<STRIPS>({sums, sums + height_ * PANEL<F>}, PANEL<F> * sizeof(float));
     return sums;
   }
 
-  // The next of the rows that are not yet written.
-  ALWAYS_INLINE void write(int64_t count) {
+  // The next of the rows that are not yet written, if there is one.
+  ALWAYS_INLINE void write_row() {
     Unwritten& all = unwritten_;
-    for (; count > 0 && all.row < all.num_rows; --count, ++all.row) {
-      const float* source = all.sums + all.row * PANEL<F>;
-      Value* target =
-          all.row < height_ ? all.strips[0] + all.row * all.stride : all.strips[1] + (all.row - height_) * all.stride;
-      const F::Line values = F::round(source);
-      if (is_large_) F::store_past_cache(target, values);
-      else if (all.width == PANEL<F>) F::store(target, values);
-      else std::memcpy(target, &values, all.width * sizeof(Value));
-    }
+    if (all.row == all.num_rows) return;
+    const float* source = all.sums + all.row * PANEL<F>;
+    Value* target =
+        all.row < height_ ? all.strips[0] + all.row * all.stride : all.strips[1] + (all.row - height_) * all.stride;
+    const F::Line values = F::round(source);
+    if (is_large_) F::store_past_cache(target, values);
+    else if (all.width == PANEL<F>) F::store(target, values);
+    else std::memcpy(target, &values, all.width * sizeof(Value));
+    ++all.row;
   }
 
   const int64_t height_;  // of a strip
