@@ -126,19 +126,6 @@ std::tuple<at::Tensor, at::Tensor> add_rms_norm(
 
 // ---- SwiGLU's activation ----
 
-// x / (1 + e^-x), by an exponential that cannot overflow.
-ALWAYS_INLINE float silu(float x) {
-  const float e = exp_nonpositive(-std::fabs(x));
-  return (x < 0.0f ? x * e : x) / (1.0f + e);
-}
-
-ALWAYS_INLINE Block silu(const Block& block) {
-  alignas(64) float values[BLOCK];
-  write(block, values);
-  for (float& value : values) value = silu(value);
-  return read(values);
-}
-
 // x: gate and up side by side.
 at::Tensor silu_and_mul(const at::Tensor& x) {
   TORCH_CHECK(x.dim() == 2 && x.size(1) % 2 == 0, "expected gate and up side by side, got ", x.sizes());
@@ -151,8 +138,7 @@ at::Tensor silu_and_mul(const at::Tensor& x) {
       const T *gate = source[row], *up = gate + size;
       T* result = target[row];
       for_each_block(size, [&](int64_t first, int64_t count) INLINED {
-        const Block active = rounded<T>(silu(read(gate + first, count)));
-        write(active * read(up + first, count), result + first, count);
+        write(activate<T>(read(gate + first, count), read(up + first, count)), result + first, count);
       });
     });
   });

@@ -114,32 +114,46 @@ void multiply_rows(
   }
 }
 
-// One panel of the product of at most MAX_ROWS rows. Sums of some of the inputs are kept apart: the rows of `out` may be at a
-// distance at which they compete for a few places of the caches.
+// The sums of one panel of the product of at most MAX_ROWS rows. Those of some of the inputs are kept apart: the rows that they
+// go to may be at a distance at which they compete for a few places of the caches.
 template <class F, class T>
-void multiply_panel(
-    const typename F::Value* x, const typename F::Scalar* weight, const T* bias, const Shape& shape, int64_t panel, T* out) {
+void sum_panel(
+    const typename F::Value* x, const typename F::Scalar* weight, const T* bias, const Shape& shape, int64_t panel, float* kept,
+    float* to, int64_t to_stride) {
   alignas(64) float start[PANEL<F>] = {};  // of every row
-  alignas(64) float kept[MAX_ROWS * PANEL<F>];
-  const int64_t first = panel * PANEL<F>, width = std::min(PANEL<F>, shape.output_size - first);
-  if (bias != nullptr) std::copy_n(bias + first, width, start);
+  const int64_t first = panel * PANEL<F>;
+  if (bias != nullptr) std::copy_n(bias + first, std::min(PANEL<F>, shape.output_size - first), start);
   weight += first * shape.input_size;
-  const bool is_direct = std::is_same_v<T, float> && width == PANEL<F>;
   Sums sums{start, 0, kept, PANEL<F>};
   for (int64_t k = 0; k < shape.input_size; k += CHUNK<F>) {
     const int64_t depth = std::min(CHUNK<F>, shape.input_size - k);
-    if constexpr (std::is_same_v<T, float>) {
-      if (is_direct && k + depth == shape.input_size) sums = {sums.from, sums.from_stride, out + first, shape.output_size};
-    }
+    if (k + depth == shape.input_size) sums = {sums.from, sums.from_stride, to, to_stride};
     multiply_rows<F>(x + k, shape.x_stride, shape.num_rows, weight + k * PANEL<F>, depth, sums);
     sums = {kept, PANEL<F>, kept, PANEL<F>};
   }
-  if (is_direct) return;
+}
+
+// One panel of the product of at most MAX_ROWS rows.
+template <class F, class T>
+void multiply_panel(
+    const typename F::Value* x, const typename F::Scalar* weight, const T* bias, const Shape& shape, int64_t panel, T* out) {
+  alignas(64) float kept[2][MAX_ROWS * PANEL<F>];
+  const int64_t part_size = shape.output_size / shape.num_parts(), first = panel * PANEL<F>;
+  const int64_t width = std::min(PANEL<F>, part_size - first);
+  if constexpr (std::is_same_v<T, float>) {
+    if (!shape.is_gated && width == PANEL<F>) {
+      return sum_panel<F>(x, weight, bias, shape, panel, kept[0], out + first, shape.out_stride);
+    }
+  }
+  for (int64_t part = 0; part < shape.num_parts(); ++part) {
+    sum_panel<F>(x, weight, bias, shape, panel + part * part_size / PANEL<F>, kept[part], kept[part], PANEL<F>);
+  }
   for (int64_t row = 0; row < shape.num_rows; ++row) {
-    const float* source = kept + row * PANEL<F>;
-    T* target = out + row * shape.output_size + first;
-    blocks::for_each_block(width, [&](int64_t begin, int64_t count) INLINED {
-      blocks::write(blocks::read(source + begin, count), target + begin, count);
+    const float *one = kept[0] + row * PANEL<F>, *other = kept[1] + row * PANEL<F>;
+    T* target = out + row * shape.out_stride + first;
+    if (shape.is_gated) activate_sums(one, other, width, target);
+    else blocks::for_each_block(width, [&](int64_t begin, int64_t count) INLINED {
+      blocks::write(blocks::read(one + begin, count), target + begin, count);
     });
   }
 }
@@ -165,16 +179,17 @@ template <class F, class T>
 void multiply(
     const typename F::Value* x, const typename F::Scalar* weight, const T* bias, const Shape& shape, T* out) {
   using Panels = Panels<F, T>;
-  const int64_t num_panels = count_panels<F>(shape.output_size);
+  const int64_t part_size = shape.output_size / shape.num_parts(), num_panels = count_panels<F>(part_size);
   const int64_t max_rows = Panels::max_rows(shape.input_size), num_blocks = (shape.num_rows + max_rows - 1) / max_rows;
   at::parallel_for(0, num_blocks * num_panels, 1, [&](int64_t begin, int64_t end) {
     if (begin == end) return;
-    Panels panels(shape.num_rows / num_blocks, shape.num_rows, shape.output_size);
+    Panels panels(shape.num_rows / num_blocks, shape.num_rows, part_size);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t block = task / num_panels;
       const int64_t row = block * shape.num_rows / num_blocks, last = (block + 1) * shape.num_rows / num_blocks;
-      const Shape part{last - row, shape.input_size, shape.output_size, shape.x_stride};
-      panels.multiply(x + row * shape.x_stride, weight, bias, part, task % num_panels, out + row * shape.output_size);
+      Shape part = shape;
+      part.num_rows = last - row;
+      panels.multiply(x + row * shape.x_stride, weight, bias, part, task % num_panels, out + row * shape.out_stride);
     }
   });
 }
@@ -263,23 +278,27 @@ at::Tensor spread(const at::Tensor& x, at::ScalarType dtype) {
 }
 
 template <class F, class T>
-at::Tensor product_of(const at::Tensor& x, const at::Tensor& weight, const T* bias, int64_t output_size) {
+at::Tensor product_of(const at::Tensor& x, const at::Tensor& weight, const T* bias, int64_t output_size, bool is_gated) {
   using Value = typename F::Value;
   if constexpr (!std::is_same_v<Value, float> && !std::is_same_v<Value, T>) {
     TORCH_CHECK(false, "a weight packed for bfloat16, not ", x.scalar_type());
+  } else if (is_gated && output_size % (2 * PANEL<F>) != 0) {  // a panel holds gates and what they are for
+    return layers::silu_and_mul(product_of<F>(x, weight, bias, output_size, false));
   } else {
     const at::Tensor rows = spread(x, c10::CppTypeToScalarType<Value>::value);
-    at::Tensor out = memory::empty({x.size(0), output_size}, x.scalar_type());
-    const Shape shape{x.size(0), x.size(1), output_size, rows.stride(0)};
+    at::Tensor out = is_gated ? memory::empty_rows(x.size(0), output_size / 2, x.scalar_type())
+                              : memory::empty({x.size(0), output_size}, x.scalar_type());
+    const Shape shape{x.size(0), x.size(1), output_size, rows.stride(0), out.stride(0), is_gated};
     const auto* values = weight.const_data_ptr<typename F::Scalar>();
     multiply<F>(rows.const_data_ptr<Value>(), values, bias, shape, out.mutable_data_ptr<T>());
     return out;
   }
 }
 
-// x [num_rows, input_size] times a weight that was packed for its dtype, plus bias in it -> [num_rows, output_size].
-at::Tensor product(
-    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, int64_t output_size) {
+// x [num_rows, input_size] times a weight that was packed for its dtype, plus bias in it -> [num_rows, output_size]. is_gated: see
+// gated_product.
+at::Tensor multiply_packed(
+    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, int64_t output_size, bool is_gated) {
   TORCH_CHECK(x.dim() == 2, "expected [num_rows, input_size], got ", x.sizes());
   const bool bias_fits = !bias.has_value() || (bias->dim() == 1 && bias->size(0) == output_size && bias->is_contiguous());
   TORCH_CHECK(bias_fits, "the bias does not fit ", output_size, " outputs");
@@ -290,10 +309,21 @@ at::Tensor product(
     const bool fits = is_as_deep && weight.size(0) == count_panels<F>(output_size);
     TORCH_CHECK(fits, "a packed weight ", weight.sizes(), " does not fit an input ", x.sizes());
     with_dtype(x, "product of", [&]<class T>() {
-      out = product_of<F>(x, weight, bias.has_value() ? bias->const_data_ptr<T>() : nullptr, output_size);
+      out = product_of<F>(x, weight, bias.has_value() ? bias->const_data_ptr<T>() : nullptr, output_size, is_gated);
     });
   });
   return out;
+}
+
+at::Tensor product(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, int64_t output_size) {
+  return multiply_packed(x, weight, bias, output_size, false);
+}
+
+// silu(gate) * up of a product whose outputs are gate and up side by side, bit for bit: -> [num_rows, output_size / 2].
+at::Tensor gated_product(
+    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, int64_t output_size) {
+  TORCH_CHECK(output_size % 2 == 0, "gate and up differ in size: together they have ", output_size, " outputs");
+  return multiply_packed(x, weight, bias, output_size, true);
 }
 
 }  // namespace linear
@@ -303,4 +333,5 @@ TORCH_LIBRARY_FRAGMENT(NANOVLLM_OPS, library) {
   library.def("pack_weight(Tensor weight, ScalarType dtype) -> Tensor", &linear::pack);
   library.def("look_up(Tensor token_ids, Tensor weight, ScalarType dtype) -> Tensor", &linear::look_up);
   library.def("linear(Tensor x, Tensor weight, Tensor? bias, int output_size) -> Tensor", &linear::product);
+  library.def("gated_linear(Tensor x, Tensor weight, Tensor? bias, int output_size) -> Tensor", &linear::gated_product);
 }

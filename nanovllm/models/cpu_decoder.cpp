@@ -71,9 +71,14 @@ Tensor self_attention(const Tensor& x, const Layer& layer, const Tensor& cache, 
   return multiply(out, layer.o, layer.o_bias, x.size(1));
 }
 
+Tensor activate(const Tensor& x, const Layer& layer) {
+  const int64_t size = 2 * input_size(layer.down);
+  if (linear::is_packed(layer.gate_up)) return linear::gated_product(x, layer.gate_up, layer.gate_up_bias, size);
+  return layers::silu_and_mul(multiply(x, layer.gate_up, layer.gate_up_bias, size));
+}
+
 Tensor mlp(const Tensor& x, const Layer& layer) {
-  const Tensor gate_up = multiply(x, layer.gate_up, layer.gate_up_bias, 2 * input_size(layer.down));
-  return multiply(layers::silu_and_mul(gate_up), layer.down, layer.down_bias, x.size(1));
+  return multiply(activate(x, layer), layer.down, layer.down_bias, x.size(1));
 }
 
 // One layer after the other. What goes in and comes out are the last layer's output and what it is still to be added to;

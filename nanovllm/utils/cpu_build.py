@@ -37,6 +37,7 @@ SOURCES = (
     PACKAGE / "attention" / "cpu_attention_softmax.h",
     PACKAGE / "attention" / "cpu_attention_tasks.h",
     PACKAGE / "attention" / "cpu_paged_attention.cpp",
+    PACKAGE / "layers" / "cpu_activation.h",
     PACKAGE / "layers" / "cpu_layers.cpp",
     PACKAGE / "layers" / "cpu_panels.h",
     PACKAGE / "layers" / "cpu_linear_amx.h",

@@ -67,6 +67,21 @@ def test_products(kernels: Any, shape: tuple[int, int], dtypes: tuple[torch.dtyp
             assert ((result - exact).abs() <= tolerance).all(), (num_rows, added is None)
 
 
+@pytest.mark.parametrize("dtypes", PAIRS, ids=str)
+@pytest.mark.parametrize("output_size", [2, 64, 100, 192, 8192])  # the last: rows of the result would compete in the caches
+def test_gated_products_give_to_the_bit_what_product_and_activation_give(
+    kernels: Any, output_size: int, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    weight, bias = randn(output_size, 64, dtype=dtypes[1]), randn(output_size, dtype=dtypes[0], seed=1)
+    packed = pack(kernels, weight, dtypes[0])
+    for num_rows in (NUM_ROWS if output_size < 1000 else [1, 33, 400]):
+        for added in (None, bias):
+            x = randn(num_rows, 64, dtype=dtypes[0], seed=2)
+            expected = kernels.silu_and_mul(kernels.linear(x, packed, added, output_size))
+            result = kernels.gated_linear(x, packed, added, output_size)
+            assert torch.equal(result, expected), (num_rows, added is None)
+
+
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtypes", PAIRS, ids=str)
 def test_a_row_is_the_same_among_any_others_on_any_number_of_threads(
@@ -146,6 +161,8 @@ def test_what_does_not_fit_is_refused(kernels: Any) -> None:
             kernels.linear(randn(2, 32), other, None, 64)
         with pytest.raises(RuntimeError, match="not a packed weight"):
             kernels.look_up(torch.tensor([5]), other, torch.float32)
+    with pytest.raises(RuntimeError, match="gate and up differ in size: together they have 63 outputs"):
+        kernels.gated_linear(randn(2, 32), packed, None, 63)
     with pytest.raises(RuntimeError, match="no product with weights of"):
         pack(kernels, randn(64, 32).double())
     with pytest.raises(RuntimeError, match="expected a contiguous weight"):
