@@ -26,6 +26,7 @@
 #include <algorithm>
 #include <atomic>
 #include <numeric>
+#include <optional>
 #include <vector>
 
 #include "../utils/cpu_formats.h"
@@ -33,6 +34,7 @@
 #include "../utils/cpu_memory.h"
 #include "cpu_attention_products.h"
 #include "cpu_attention_softmax.h"
+#include "cpu_attention_store.h"
 #include "cpu_attention_tasks.h"
 
 namespace {
@@ -54,6 +56,7 @@ struct Batch {
   int64_t out_stride;
   Sequences sequences;
   const Tree& tree;
+  const std::optional<Writer<F>>& decodes;  // still to be stored: one token of each sequence
   // Of each KV head and row: what was reduced on the levels before, where there are several.
   Reduced* totals;
   float* total_outs;
@@ -76,6 +79,11 @@ struct Batch {
     const int64_t index = total_index(task, row);
     std::copy_n(total_outs + index * shape.head_dim, shape.head_dim, weighted);
     return totals[index];
+  }
+  // Store the token that a task's sequence decodes, if it is this task that reads it.
+  void store(const Task& task) const {
+    const Query& last = query(task.first_row);
+    if (decodes.has_value() && task.end_partition * PARTITION >= last.visible) decodes->write(last.token, task.kv_head);
   }
   // Leave what has been reduced of a row for the next level, or write its result.
   void end(const Task& task, int64_t row, const Reduced& reduced, const float* weighted) const {
@@ -107,6 +115,7 @@ class Worker {
 
   // next_task: what comes then, if anything; what it reads first is fetched at the end.
   void run(const Task& task, const Task* next_task) {
+    batch_.store(task);
     load_queries(task);
     if (task.partials < 0) {
       for (int64_t row = 0; row < task.num_rows; ++row) {
@@ -289,72 +298,20 @@ void attend_level(const Batch<F>& batch, const std::vector<Segment>& level) {
   });
 }
 
-// ---- store ----
-
-template <class F>
-void store_tokens(
-    const at::Tensor& k, const at::Tensor& v, at::Tensor& cache, const at::Tensor& slot_mapping, const Shape& shape) {
-  using Scalar = typename F::Scalar;
-  const Scalar *k_data = k.const_data_ptr<Scalar>(), *v_data = v.const_data_ptr<Scalar>();
-  const int64_t* slots = slot_mapping.const_data_ptr<int64_t>();
-  const int64_t num_tokens = k.size(0), k_stride = k.stride(0), v_stride = v.stride(0), head_dim = shape.head_dim;
-  Scalar* cache_data = cache.mutable_data_ptr<Scalar>();
-  const auto store_one = [&](int64_t token, int64_t head) {
-    const int64_t slot = slots[token];
-    if (slot < 0) return;
-    const int64_t block = slot / shape.block_size, offset = slot % shape.block_size, t = offset % TILE;
-    Scalar* k_block = cache_data + 2 * (block * shape.num_kv_heads + head) * shape.v_offset();
-    Scalar* k_tile = k_block + offset / TILE * TILE * head_dim + t * F::STEP;
-    Scalar* v_tile = k_block + shape.v_offset() + offset / F::STEP * head_dim * F::STEP + t % F::STEP;
-    const Scalar* k_head = k_data + token * k_stride + head * head_dim;
-    const Scalar* v_head = v_data + token * v_stride + head * head_dim;
-    for (int64_t d = 0; d < head_dim; d += F::STEP) {
-      for (int64_t i = 0; i < F::STEP; ++i) k_tile[d * TILE + i] = k_head[d + i];
-    }
-    for (int64_t d = 0; d < head_dim; ++d) v_tile[d * F::STEP] = v_head[d];
-  };
-  // A unit is 16 tokens of one head: prompts fill a tile while it is in the L1 cache.
-  const int64_t chunks = (num_tokens + TILE - 1) / TILE;
-  at::parallel_for(0, chunks * shape.num_kv_heads, 4, [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t first = unit / shape.num_kv_heads * TILE;
-      for (int64_t token = first; token < std::min(first + TILE, num_tokens); ++token) {
-        store_one(token, unit % shape.num_kv_heads);
-      }
-    }
-  });
-}
-
 // ---- operators ----
-
-void check_heads(const at::Tensor& tensor, const at::Tensor& cache, const char* name) {
-  TORCH_CHECK(tensor.dim() == 3 && tensor.scalar_type() == cache.scalar_type(), name, " does not fit the cache");
-  const bool together = tensor.stride(2) == 1 && (tensor.size(1) == 1 || tensor.stride(1) == tensor.size(2));
-  TORCH_CHECK(together, name, ": the heads of a token must lie together");
-}
-
-// cache: [num_blocks, num_kv_heads, 2, block_size / 16, 16 * head_dim].
-Shape shape_of(const at::Tensor& cache, int64_t num_heads) {
-  TORCH_CHECK(cache.dim() == 5 && cache.is_contiguous() && cache.size(2) == 2, "not a cache of this backend");
-  TORCH_CHECK(cache.size(4) <= TILE * MAX_HEAD_DIM, "heads have ", MAX_HEAD_DIM, " dimensions at most");
-  return {num_heads, cache.size(1), cache.size(4) / TILE, cache.size(3) * TILE};
-}
 
 // Values of a row that both products take, for with_format: of a query, or of V's tokens in a block.
 int64_t row_size(const Shape& shape) { return std::gcd(shape.head_dim, shape.block_size); }
 
 void store(const at::Tensor& k, const at::Tensor& v, at::Tensor cache, const at::Tensor& slot_mapping) {
-  check_heads(k, cache, "k");
-  check_heads(v, cache, "v");
-  TORCH_CHECK(slot_mapping.scalar_type() == at::kLong && slot_mapping.is_contiguous(), "slot_mapping must be int64");
-  TORCH_CHECK(slot_mapping.size(0) == k.size(0) && v.sizes() == k.sizes(), "k, v and slot_mapping differ in length");
-  const Shape shape = shape_of(cache, k.size(1));
-  TORCH_CHECK(k.size(1) == shape.num_kv_heads && k.size(2) == shape.head_dim, "k does not fit the cache");
-  with_format(cache, true, row_size(shape), "kernel for", [&]<class F>() { store_tokens<F>(k, v, cache, slot_mapping, shape); });
+  const NewTokens tokens{k, v, slot_mapping};
+  const Shape shape = tokens.check(cache);
+  with_format(cache, true, row_size(shape), "kernel for", [&]<class F>() { Writer<F>(tokens, cache, shape).write_all(); });
 }
 
-void attend(
-    const at::Tensor& q, const at::Tensor& cache, at::Tensor out, const at::Tensor& cu_seqlens_q,
+// decodes: one token of each sequence, to be stored meanwhile; or nothing, if all are stored.
+void attend_with(
+    const NewTokens* decodes, const at::Tensor& q, const at::Tensor& cache, const at::Tensor& out, const at::Tensor& cu_seqlens_q,
     const at::Tensor& context_lens, const at::Tensor& block_tables, double scale) {
   check_heads(q, cache, "q");
   check_heads(out, cache, "out");
@@ -373,11 +330,32 @@ void attend(
   const at::Tensor total_outs = memory::empty({num_totals, shape.head_dim}, at::kFloat);
   with_format(q, true, row_size(shape), "kernel for", [&]<class F>() {
     using Scalar = typename F::Scalar;
+    std::optional<Writer<F>> writer;
+    if (decodes != nullptr) writer.emplace(*decodes, cache, shape);
     const Batch<F> batch{
         shape, static_cast<float>(scale * LOG2_E), q.const_data_ptr<Scalar>(), q.stride(0), cache.const_data_ptr<Scalar>(),
-        out.mutable_data_ptr<Scalar>(), out.stride(0), sequences, tree, totals.data(), total_outs.mutable_data_ptr<float>()};
+        out.mutable_data_ptr<Scalar>(), out.stride(0), sequences, tree, writer, totals.data(), total_outs.mutable_data_ptr<float>()};
     for (const std::vector<Segment>& level : tree.levels) attend_level<F>(batch, level);
   });
+}
+
+void attend(
+    const at::Tensor& q, const at::Tensor& cache, at::Tensor out, const at::Tensor& cu_seqlens_q,
+    const at::Tensor& context_lens, const at::Tensor& block_tables, double scale) {
+  attend_with(nullptr, q, cache, out, cu_seqlens_q, context_lens, block_tables, scale);
+}
+
+// The same as both, one after the other. Decodes are stored by the thread that is about to read what lies around them: a token's K
+// and V are spread over many lines of the cache, which would come from memory once more.
+void store_and_attend(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::Tensor cache, at::Tensor out,
+    const at::Tensor& slot_mapping, const at::Tensor& cu_seqlens_q, const at::Tensor& context_lens,
+    const at::Tensor& block_tables, double scale) {
+  const NewTokens tokens{k, v, slot_mapping};
+  tokens.check(cache);
+  const bool are_decodes = q.size(0) == context_lens.size(0) && k.size(0) == q.size(0);
+  if (!are_decodes) store(k, v, cache, slot_mapping);
+  attend_with(are_decodes ? &tokens : nullptr, q, cache, out, cu_seqlens_q, context_lens, block_tables, scale);
 }
 
 }  // namespace
@@ -391,4 +369,8 @@ TORCH_LIBRARY_FRAGMENT(NANOVLLM_OPS, library) {
       "attend(Tensor q, Tensor cache, Tensor(a!) out, Tensor cu_seqlens_q, Tensor context_lens, Tensor block_tables, "
       "float scale) -> ()",
       &attend);
+  library.def(
+      "store_and_attend(Tensor q, Tensor k, Tensor v, Tensor(a!) cache, Tensor(b!) out, Tensor slot_mapping, "
+      "Tensor cu_seqlens_q, Tensor context_lens, Tensor block_tables, float scale) -> ()",
+      &store_and_attend);
 }

@@ -64,10 +64,10 @@ Tensor self_attention(const Tensor& x, const Layer& layer, const Tensor& cache, 
   Tensor q = heads.narrow(1, 0, num_heads), k = heads.narrow(1, num_heads, num_kv_heads);
   const Tensor v = heads.narrow(1, num_heads + num_kv_heads, num_kv_heads);
   std::tie(q, k) = layers::rotate(step.positions, q, k, step.cos_sin, layer.q_norm, layer.k_norm, step.eps);
-  store(k, v, cache, step.slot_mapping);
   const Tensor out = memory::empty_rows(num_tokens, q_size, q.scalar_type());
   const Tensor out_heads = out.view({num_tokens, num_heads, head_dim});
-  attend(q, cache, out_heads, step.cu_seqlens_q, step.context_lens, step.block_tables, step.scale);
+  store_and_attend(
+      q, k, v, cache, out_heads, step.slot_mapping, step.cu_seqlens_q, step.context_lens, step.block_tables, step.scale);
   return multiply(out, layer.o, layer.o_bias, x.size(1));
 }
 

@@ -36,6 +36,7 @@ SOURCES = (
     PACKAGE / "attention" / "cpu_attention_products.h",
     PACKAGE / "attention" / "cpu_attention_softmax.h",
     PACKAGE / "attention" / "cpu_attention_tasks.h",
+    PACKAGE / "attention" / "cpu_attention_store.h",
     PACKAGE / "attention" / "cpu_paged_attention.cpp",
     PACKAGE / "layers" / "cpu_activation.h",
     PACKAGE / "layers" / "cpu_layers.cpp",

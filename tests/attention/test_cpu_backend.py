@@ -214,6 +214,33 @@ def test_blocks_in_common_are_read_together_without_a_trace(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("queries", [[1] * 7, [1, 1, 30, 1, 1, 70, 1]], ids=["decodes", "chunks, too"])
+def test_storing_and_attending_at_once_leaves_what_both_leave_one_after_the_other(
+    kernels: Any, threads: None, queries: list[int], dtype: torch.dtype
+) -> None:
+    # 0 to 3 begin alike, 3 up to the token before its last; 4 has one token, 5 a partition and a token, 6 ends with a partition.
+    spec = make_spec(4, 2, 32, 16, dtype)
+    lengths = [900, 500, 850, 897, 1, 257, 256]
+    queries = [min(pair) for pair in zip(queries, lengths, strict=True)]
+    sequences, _ = make_tree(spec, lengths, [0, 0, 0, 0, 4, 5, 6], [0, 48, 720, 896, 0, 0, 0])
+    backend = make_backend(kernels, spec)
+    steps = [(index, lengths[index], queries[index]) for index in (6, 3, 0, 4, 2, 5, 1)]
+    metadata, (q, k, v) = make_metadata(sequences, steps), (take(x, steps) for x in sequences[1:4])
+    before = [(index, length - count, length - count) for index, length, count in steps if length > count]
+    stored = make_metadata(sequences, before).slot_mapping
+    for num_threads in (1, 2, 8):
+        torch.set_num_threads(num_threads)
+        one, other = (backend.allocate_cache(sequences.num_blocks).fill_(torch.nan) for _ in range(2))
+        for cache in (one, other):
+            backend.store(take(sequences.k, before), take(sequences.v, before), cache, stored)
+        backend.store(k, v, one, metadata.slot_mapping)
+        out, batch = torch.empty_like(q), (metadata.cu_seqlens_q, metadata.context_lens, metadata.block_tables)
+        kernels.store_and_attend(q, k, v, other, out, metadata.slot_mapping, *batch, backend.scale)
+        assert torch.equal(out, backend.attend(q, one, metadata))
+        assert torch.equal(other.nan_to_num(9e9), one.nan_to_num(9e9))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_store_writes_its_slots_and_nothing_else(kernels: Any, dtype: torch.dtype) -> None:
     spec = make_spec(4, 2, 32, 32, dtype)
     cache = make_backend(kernels, spec).allocate_cache(4).fill_(torch.nan)
