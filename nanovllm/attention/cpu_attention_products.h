@@ -148,16 +148,36 @@ struct Strips {
       : rows{first, first + std::max<int64_t>(0, num_rows - amx::STRIP) * stride} {}
 };
 
-// Bring what a tile takes at once of each of two into the second-level cache, into which all of a partition goes: the lines
-// that are due at some time of amx::multiply_add.
-template <int STRIPS>
-ALWAYS_INLINE void fetch(const at::BFloat16* one, const at::BFloat16* other, int time) {
-  const int64_t end = amx::count_before<STRIPS>(32, time + 1);
-#pragma GCC unroll 8
-  for (int64_t line = amx::count_before<STRIPS>(32, time); line < end; ++line) {
-    __builtin_prefetch(line < 16 ? one + line * amx::STEP : other + (line - 16) * amx::STEP, 0, 2);
+// Brings tiles into the second-level cache, into which all of a partition goes: evenly over so many calls of amx::multiply_add,
+// some lines at each of its times, and a line of each tile in turn, which keeps the memory busier than one tile does.
+class Ahead {
+ public:
+  Ahead(const at::BFloat16* const* tiles, int64_t num_tiles, int64_t head_dim, int64_t num_calls)
+      : tiles_(tiles), num_tiles_(num_tiles) {
+    const int64_t num_lines = num_tiles * head_dim * TILE / amx::STEP;
+    lines_a_call_ = (num_lines + num_calls - 1) / num_calls;
+    left_ = num_lines;
   }
-}
+
+  template <int STRIPS>
+  ALWAYS_INLINE void fetch(int time) {
+    const int64_t end = amx::count_before<STRIPS>(lines_a_call_, time + 1);
+    for (int64_t line = amx::count_before<STRIPS>(lines_a_call_, time); line < end; ++line) fetch_line();
+  }
+
+ private:
+  ALWAYS_INLINE void fetch_line() {
+    if (left_ == 0) return;
+    --left_;
+    __builtin_prefetch(tiles_[tile_] + place_, 0, 2);
+    if (++tile_ == num_tiles_) tile_ = 0, place_ += amx::STEP;
+  }
+
+  const at::BFloat16* const* tiles_;
+  const int64_t num_tiles_;
+  int64_t lines_a_call_, left_;
+  int64_t tile_ = 0, place_ = 0;  // of the next line
+};
 
 template <int STRIPS>
 NO_INLINE void score_strips(
@@ -166,13 +186,14 @@ NO_INLINE void score_strips(
   const Strips<const at::BFloat16> queries(q, num_rows, QUERY_STRIDE);
   const Strips<float> sums(scores, num_rows, SCORE_STRIDE);
   constexpr int64_t LINES = amx::STEP * TILE;  // values that a tile takes at once
+  Ahead ahead(kv.v, num_tiles, head_dim, num_tiles / 2 * (head_dim / amx::STEP));
   for (int64_t tile = 0; tile < num_tiles; tile += 2) {
     amx::clear<STRIPS>();
     for (int64_t step = 0; step < head_dim / amx::STEP; ++step) {
       const at::BFloat16* rows[2] = {queries.rows[0] + step * amx::STEP, queries.rows[1] + step * amx::STEP};
       const at::BFloat16* lines[2] = {kv.k[tile] + step * LINES, kv.k[tile + 1] + step * LINES};
       amx::multiply_add<STRIPS>(rows, QUERY_STRIDE * 2, lines, TILE * 4, [&](int time) INLINED {
-        if constexpr (STRIPS == 1) fetch<STRIPS>(kv.v[tile] + step * LINES, kv.v[tile + 1] + step * LINES, time);
+        if constexpr (STRIPS == 1) ahead.fetch<STRIPS>(time);
       });
     }
     amx::store<STRIPS>({sums.rows[0] + tile * TILE, sums.rows[1] + tile * TILE}, SCORE_STRIDE * sizeof(float));
@@ -185,14 +206,14 @@ NO_INLINE void weigh_strips(
     int64_t num_tiles, int64_t head_dim, float* out) {
   const Strips<const at::BFloat16> probabilities(p, num_rows, SCORE_STRIDE);
   const Strips<float> sums(out, num_rows, head_dim);
+  Ahead ahead(next.k, next.num_tiles, head_dim, num_tiles / 2 * (head_dim / amx::STEP));
   for (int64_t dim = 0; dim < head_dim; dim += 2 * TILE) {
     amx::clear<STRIPS>();
     for (int64_t tile = 0; tile < num_tiles; tile += 2) {  // V of two tiles lies together
-      const at::BFloat16 *one = next.k_or(tile, kv.v[tile]) + dim * TILE, *other = next.k_or(tile + 1, kv.v[tile]) + dim * TILE;
       const at::BFloat16* rows[2] = {probabilities.rows[0] + tile * TILE, probabilities.rows[1] + tile * TILE};
       const at::BFloat16* lines[2] = {kv.v[tile] + dim * 2, kv.v[tile] + (dim + TILE) * 2};
       amx::multiply_add<STRIPS>(rows, SCORE_STRIDE * 2, lines, head_dim * 4, [&](int time) INLINED {
-        if constexpr (STRIPS == 1) fetch<STRIPS>(one, other, time);
+        if constexpr (STRIPS == 1) ahead.fetch<STRIPS>(time);
       });
     }
     amx::store<STRIPS>({sums.rows[0] + dim, sums.rows[1] + dim}, head_dim * sizeof(float));
