@@ -55,13 +55,17 @@ struct Writer {
         v_stride(tokens.v.stride(0)), num_tokens(tokens.k.size(0)), slots(tokens.slot_mapping.const_data_ptr<int64_t>()),
         cache(cache.mutable_data_ptr<Scalar>()) {}
 
+  // Get the lines for V, which would be waited for.
+  void fetch(int64_t token, int64_t head) const {
+    if (slots[token] < 0) return;
+    const Scalar* v_tile = place(slots[token], head).v;
+    for (int64_t d = 0; d < shape.head_dim; d += TILE) __builtin_prefetch(v_tile + d * F::STEP, 1);
+  }
+
   void write(int64_t token, int64_t head) const {
-    const int64_t slot = slots[token], head_dim = shape.head_dim;
-    if (slot < 0) return;
-    const int64_t block = slot / shape.block_size, offset = slot % shape.block_size, t = offset % TILE;
-    Scalar* k_block = cache + 2 * (block * shape.num_kv_heads + head) * shape.v_offset();
-    Scalar* k_tile = k_block + offset / TILE * TILE * head_dim + t * F::STEP;
-    Scalar* v_tile = k_block + shape.v_offset() + offset / F::STEP * head_dim * F::STEP + t % F::STEP;
+    const int64_t head_dim = shape.head_dim;
+    if (slots[token] < 0) return;
+    const auto [k_tile, v_tile] = place(slots[token], head);
     const Scalar *k_head = k + token * k_stride + head * head_dim, *v_head = v + token * v_stride + head * head_dim;
     for (int64_t d = 0; d < head_dim; d += F::STEP) {
       for (int64_t i = 0; i < F::STEP; ++i) k_tile[d * TILE + i] = k_head[d + i];
@@ -80,6 +84,19 @@ struct Writer {
         }
       }
     });
+  }
+
+ private:
+  struct Place {  // of a token's first values
+    Scalar *k, *v;
+  };
+  Place place(int64_t slot, int64_t head) const {
+    const int64_t block = slot / shape.block_size, offset = slot % shape.block_size;
+    Scalar* k_block = cache + 2 * (block * shape.num_kv_heads + head) * shape.v_offset();
+    Scalar* v_block = k_block + shape.v_offset();
+    return {
+        k_block + offset / TILE * TILE * shape.head_dim + offset % TILE * F::STEP,
+        v_block + offset / F::STEP * F::STEP * shape.head_dim + offset % F::STEP};
   }
 };
 

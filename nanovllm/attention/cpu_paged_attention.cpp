@@ -81,9 +81,11 @@ struct Batch {
     return totals[index];
   }
   // Store the token that a task's sequence decodes, if it is this task that reads it.
-  void store(const Task& task) const {
+  void store(const Task& task, const Task* next_task) const {
+    if (!decodes.has_value()) return;
     const Query& last = query(task.first_row);
-    if (decodes.has_value() && task.end_partition * PARTITION >= last.visible) decodes->write(last.token, task.kv_head);
+    if (task.end_partition * PARTITION >= last.visible) decodes->write(last.token, task.kv_head);
+    if (next_task != nullptr) decodes->fetch(query(next_task->first_row).token, next_task->kv_head);
   }
   // Leave what has been reduced of a row for the next level, or write its result.
   void end(const Task& task, int64_t row, const Reduced& reduced, const float* weighted) const {
@@ -115,7 +117,7 @@ class Worker {
 
   // next_task: what comes then, if anything; what it reads first is fetched at the end.
   void run(const Task& task, const Task* next_task) {
-    batch_.store(task);
+    batch_.store(task, next_task);
     load_queries(task);
     if (task.partials < 0) {
       for (int64_t row = 0; row < task.num_rows; ++row) {
