@@ -51,9 +51,9 @@ struct Writer {
   Scalar* cache;
 
   Writer(const NewTokens& tokens, const at::Tensor& cache, const Shape& shape)
-      : shape(shape), k(tokens.k.const_data_ptr<Scalar>()), v(tokens.v.const_data_ptr<Scalar>()), k_stride(tokens.k.stride(0)),
-        v_stride(tokens.v.stride(0)), num_tokens(tokens.k.size(0)), slots(tokens.slot_mapping.const_data_ptr<int64_t>()),
-        cache(cache.mutable_data_ptr<Scalar>()) {}
+      : shape(shape), k(tokens.k.const_data_ptr<Scalar>()), v(tokens.v.const_data_ptr<Scalar>()),
+        k_stride(tokens.k.stride(0)), v_stride(tokens.v.stride(0)), num_tokens(tokens.k.size(0)),
+        slots(tokens.slot_mapping.const_data_ptr<int64_t>()), cache(cache.mutable_data_ptr<Scalar>()) {}
 
   // Get the lines for V, which would be waited for.
   void fetch(int64_t token, int64_t head) const {

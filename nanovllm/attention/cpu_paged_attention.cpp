@@ -313,8 +313,8 @@ void store(const at::Tensor& k, const at::Tensor& v, at::Tensor cache, const at:
 
 // decodes: one token of each sequence, to be stored meanwhile; or nothing, if all are stored.
 void attend_with(
-    const NewTokens* decodes, const at::Tensor& q, const at::Tensor& cache, const at::Tensor& out, const at::Tensor& cu_seqlens_q,
-    const at::Tensor& context_lens, const at::Tensor& block_tables, double scale) {
+    const NewTokens* decodes, const at::Tensor& q, const at::Tensor& cache, const at::Tensor& out,
+    const at::Tensor& cu_seqlens_q, const at::Tensor& context_lens, const at::Tensor& block_tables, double scale) {
   check_heads(q, cache, "q");
   check_heads(out, cache, "out");
   TORCH_CHECK(out.sizes() == q.sizes(), "out must be like q");
@@ -336,7 +336,8 @@ void attend_with(
     if (decodes != nullptr) writer.emplace(*decodes, cache, shape);
     const Batch<F> batch{
         shape, static_cast<float>(scale * LOG2_E), q.const_data_ptr<Scalar>(), q.stride(0), cache.const_data_ptr<Scalar>(),
-        out.mutable_data_ptr<Scalar>(), out.stride(0), sequences, tree, writer, totals.data(), total_outs.mutable_data_ptr<float>()};
+        out.mutable_data_ptr<Scalar>(), out.stride(0), sequences, tree, writer, totals.data(),
+        total_outs.mutable_data_ptr<float>()};
     for (const std::vector<Segment>& level : tree.levels) attend_level<F>(batch, level);
   });
 }
@@ -347,8 +348,8 @@ void attend(
   attend_with(nullptr, q, cache, out, cu_seqlens_q, context_lens, block_tables, scale);
 }
 
-// The same as both, one after the other. Decodes are stored by the thread that is about to read what lies around them: a token's K
-// and V are spread over many lines of the cache, which would come from memory once more.
+// The same as both, one after the other. Decodes are stored by the thread that is about to read what lies around them: K and V of
+// a token are spread over many lines, which would come from memory once more.
 void store_and_attend(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::Tensor cache, at::Tensor out,
     const at::Tensor& slot_mapping, const at::Tensor& cu_seqlens_q, const at::Tensor& context_lens,

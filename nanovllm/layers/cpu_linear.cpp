@@ -114,12 +114,12 @@ void multiply_rows(
   }
 }
 
-// The sums of one panel of the product of at most MAX_ROWS rows. Those of some of the inputs are kept apart: the rows that they
-// go to may be at a distance at which they compete for a few places of the caches.
+// The sums of one panel of the product of at most MAX_ROWS rows. Those of some of the inputs are kept apart: the rows that
+// they go to may be at a distance at which they compete for a few places of the caches.
 template <class F, class T>
 void sum_panel(
-    const typename F::Value* x, const typename F::Scalar* weight, const T* bias, const Shape& shape, int64_t panel, float* kept,
-    float* to, int64_t to_stride) {
+    const typename F::Value* x, const typename F::Scalar* weight, const T* bias, const Shape& shape, int64_t panel,
+    float* kept, float* to, int64_t to_stride) {
   alignas(64) float start[PANEL<F>] = {};  // of every row
   const int64_t first = panel * PANEL<F>;
   if (bias != nullptr) std::copy_n(bias + first, std::min(PANEL<F>, shape.output_size - first), start);
@@ -295,10 +295,10 @@ at::Tensor product_of(const at::Tensor& x, const at::Tensor& weight, const T* bi
   }
 }
 
-// x [num_rows, input_size] times a weight that was packed for its dtype, plus bias in it -> [num_rows, output_size]. is_gated: see
-// gated_product.
+// is_gated: see gated_product.
 at::Tensor multiply_packed(
-    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, int64_t output_size, bool is_gated) {
+    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, int64_t output_size,
+    bool is_gated) {
   TORCH_CHECK(x.dim() == 2, "expected [num_rows, input_size], got ", x.sizes());
   const bool bias_fits = !bias.has_value() || (bias->dim() == 1 && bias->size(0) == output_size && bias->is_contiguous());
   TORCH_CHECK(bias_fits, "the bias does not fit ", output_size, " outputs");
@@ -315,7 +315,9 @@ at::Tensor multiply_packed(
   return out;
 }
 
-at::Tensor product(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, int64_t output_size) {
+// x [num_rows, input_size] times a weight that was packed for its dtype, plus bias in it -> [num_rows, output_size].
+at::Tensor product(
+    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, int64_t output_size) {
   return multiply_packed(x, weight, bias, output_size, false);
 }
 

@@ -218,7 +218,7 @@ def test_blocks_in_common_are_read_together_without_a_trace(
 def test_storing_and_attending_at_once_leaves_what_both_leave_one_after_the_other(
     kernels: Any, threads: None, queries: list[int], dtype: torch.dtype
 ) -> None:
-    # 0 to 3 begin alike, 3 up to the token before its last; 4 has one token, 5 a partition and a token, 6 ends with a partition.
+    # 0 to 3 begin alike, 3 up to the token before its last; 4 has one token, 5 a partition and one more, 6 a partition.
     spec = make_spec(4, 2, 32, 16, dtype)
     lengths = [900, 500, 850, 897, 1, 257, 256]
     queries = [min(pair) for pair in zip(queries, lengths, strict=True)]

@@ -74,7 +74,7 @@ def test_gated_products_give_to_the_bit_what_product_and_activation_give(
 ) -> None:
     weight, bias = randn(output_size, 64, dtype=dtypes[1]), randn(output_size, dtype=dtypes[0], seed=1)
     packed = pack(kernels, weight, dtypes[0])
-    for num_rows in (NUM_ROWS if output_size < 1000 else [1, 33, 400]):
+    for num_rows in NUM_ROWS if output_size < 1000 else [1, 33, 400]:
         for added in (None, bias):
             x = randn(num_rows, 64, dtype=dtypes[0], seed=2)
             expected = kernels.silu_and_mul(kernels.linear(x, packed, added, output_size))
