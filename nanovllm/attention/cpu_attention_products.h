@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 
 #include "../utils/cpu_amx.h"
@@ -49,7 +50,7 @@ ALWAYS_INLINE void accumulate(
     const typename F::Scalar* const (&ahead)[LINES]) {
   for (int64_t step = 0; step < steps; ++step) {
     typename F::Line line[LINES];
-#pragma GCC unroll 2
+#pragma GCC unroll 8
     for (int l = 0; l < LINES; ++l) {
       line[l] = F::load(lines[l] + step * line_stride);
       if constexpr (AHEAD) __builtin_prefetch(ahead[l] + step * line_stride);
@@ -57,7 +58,7 @@ ALWAYS_INLINE void accumulate(
 #pragma GCC unroll 12
     for (int r = 0; r < ROWS; ++r) {
       const auto operand = F::broadcast(values + r * STRIDE + step * F::STEP);
-#pragma GCC unroll 2
+#pragma GCC unroll 8
       for (int l = 0; l < LINES; ++l) F::multiply_add(sums[r][l], operand, line[l]);
     }
   }
@@ -67,7 +68,7 @@ template <class F, int ROWS, int LINES>
 ALWAYS_INLINE void clear(typename F::Sums (&sums)[ROWS][LINES]) {
 #pragma GCC unroll 12
   for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 2
+#pragma GCC unroll 8
     for (int l = 0; l < LINES; ++l) sums[r][l] = F::zero();
   }
 }
@@ -76,10 +77,14 @@ template <class F, int ROWS, int LINES>
 ALWAYS_INLINE void put(const typename F::Sums (&sums)[ROWS][LINES], float* target, int64_t row_stride) {
 #pragma GCC unroll 12
   for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 2
+#pragma GCC unroll 8
     for (int l = 0; l < LINES; ++l) F::store(target + r * row_stride + l * TILE, sums[r][l]);
   }
 }
+
+// Lines whose sums for so many rows fit the registers. The fewer rows, the more of the cache is read at once, and as it lies.
+template <class F, int ROWS>
+constexpr int LINES_FOR = std::bit_floor(std::min(8u, static_cast<unsigned>(F::ROWS * F::LINES / ROWS)));
 
 template <class F, int ROWS, int LINES>
 ALWAYS_INLINE void score_tiles(
@@ -96,14 +101,15 @@ ALWAYS_INLINE void score_tiles(
   put<F, ROWS, LINES>(sums, scores + tile * TILE, SCORE_STRIDE);
 }
 
-// scores[row][token] = q[row] . k[token] for the first num_tiles tiles. q: [ROWS][QUERY_STRIDE]. Meanwhile V is fetched.
-template <class F, int ROWS>
-NO_INLINE void score(const typename F::Value* q, const Partition<F>& kv, int64_t num_tiles, int64_t head_dim, float* scores) {
-  int64_t tile = 0;
-  for (; tile + F::LINES <= num_tiles; tile += F::LINES) {
-    score_tiles<F, ROWS, F::LINES>(q, kv, tile, head_dim, scores);
+// scores[row][token] = q[row] . k[token] for the tiles from `tile` on. q: [ROWS][QUERY_STRIDE]. Meanwhile V is fetched.
+template <class F, int ROWS, int LINES = LINES_FOR<F, ROWS>>
+NO_INLINE void score(
+    const typename F::Value* q, const Partition<F>& kv, int64_t num_tiles, int64_t head_dim, float* scores,
+    int64_t tile = 0) {
+  for (; tile + LINES <= num_tiles; tile += LINES) score_tiles<F, ROWS, LINES>(q, kv, tile, head_dim, scores);
+  if constexpr (LINES > 1) {
+    if (tile < num_tiles) score<F, ROWS, LINES / 2>(q, kv, num_tiles, head_dim, scores, tile);
   }
-  for (; tile < num_tiles; ++tile) score_tiles<F, ROWS, 1>(q, kv, tile, head_dim, scores);
 }
 
 template <class F, int ROWS, int LINES>
@@ -124,17 +130,18 @@ ALWAYS_INLINE void weigh_lines(
   put<F, ROWS, LINES>(sums, out + dim, head_dim);
 }
 
-// out[row] = sum of p[row][token] * v[token] over the first num_tiles tiles. p: [ROWS][SCORE_STRIDE]. Meanwhile K of the next
-// partition is fetched.
-template <class F, int ROWS>
+// out[row] = sum of p[row][token] * v[token] over the first num_tiles tiles, from dimension `dim` on. p: [ROWS][SCORE_STRIDE].
+// Meanwhile K of the next partition is fetched.
+template <class F, int ROWS, int LINES = LINES_FOR<F, ROWS>>
 NO_INLINE void weigh(
     const typename F::Value* p, const Partition<F>& kv, const Partition<F>& next, int64_t num_tiles, int64_t head_dim,
-    float* out) {
-  int64_t dim = 0;
-  for (; dim + F::LINES * TILE <= head_dim; dim += F::LINES * TILE) {
-    weigh_lines<F, ROWS, F::LINES>(p, kv, next, num_tiles, dim, head_dim, out);
+    float* out, int64_t dim = 0) {
+  for (; dim + LINES * TILE <= head_dim; dim += LINES * TILE) {
+    weigh_lines<F, ROWS, LINES>(p, kv, next, num_tiles, dim, head_dim, out);
   }
-  for (; dim < head_dim; dim += TILE) weigh_lines<F, ROWS, 1>(p, kv, next, num_tiles, dim, head_dim, out);
+  if constexpr (LINES > 1) {
+    if (dim < head_dim) weigh<F, ROWS, LINES / 2>(p, kv, next, num_tiles, head_dim, out, dim);
+  }
 }
 
 // ---- the same by AMX, for 1 to 32 rows ----

@@ -121,12 +121,12 @@ class ModelRunner:
         inputs = self.input_batch.apply(batch)
         if self.block_memory is not None:
             self.block_memory.reach(int(inputs.slot_mapping.max()) // self.block_size)
-        hidden_states, step = self._compute(inputs)
+        outputs, hidden_states = self._compute(inputs)
         prompt_logprobs = self._prompt_logprobs(inputs, hidden_states)
         if len(inputs.sampled_rows) == 0:
             self._wait()
             return StepOutput(NO_TOKENS, None, prompt_logprobs)
-        logits = self.model.compute_logits(hidden_states[step.logits_indices])
+        logits = self.model.compute_logits(outputs)
         if self.ranks.rank != 0:
             self._wait()
             return StepOutput(NO_TOKENS)
@@ -170,18 +170,24 @@ class ModelRunner:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _compute(self, inputs: StepInputs) -> tuple[Tensor, StepTensors]:
-        """Hidden states [at least num_tokens, hidden_size]: by replaying a graph where there is one for the batch."""
+    def _compute(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
+        """Hidden states: by replaying a graph where there is one for the batch.
+
+        Returns:
+            [num_sampled, hidden_size] of the tokens that are sampled from, and [at least as many, hidden_size]: of all tokens
+            if log-probabilities of prompts are asked for.
+        """
         is_decode = inputs.max_seqlen_q == 1
         captured = None if self.graphs is None else self.graphs.find(len(inputs.input_ids), is_decode)
-        if captured is None:
-            step = self.input_buffer.upload(inputs)
-            return self._forward(step), step
-        step = self.input_buffer.upload(inputs, captured.shape)
-        return captured.replay(), step
+        step = self.input_buffer.upload(inputs, None if captured is None else captured.shape)
+        if captured is None and not inputs.prompt_targets:
+            outputs = self._forward(step, step.logits_indices)
+            return outputs, outputs
+        hidden_states = self._forward(step) if captured is None else captured.replay()
+        return hidden_states[step.logits_indices], hidden_states
 
-    def _forward(self, step: StepTensors) -> Tensor:
-        with forward_context(ForwardContext(step.metadata, self.backend, self.kv_cache)):
+    def _forward(self, step: StepTensors, outputs: Tensor | None = None) -> Tensor:
+        with forward_context(ForwardContext(step.metadata, self.backend, self.kv_cache, outputs)):
             hidden_states: Tensor = self.model(step.input_ids, step.positions)
         return hidden_states
 

@@ -39,7 +39,7 @@ constexpr const char* PURPOSE = "product with weights of";
 constexpr int64_t MAX_ROWS = 192;  // whose activations stay in the second-level cache while panels go by
 // Inputs at a time: of so many, a panel's weights stay in the first-level cache, with a tile's activations, for all tiles.
 template <class F>
-constexpr int64_t CHUNK = 16384 / (PANEL<F> * sizeof(typename F::Scalar));
+const int64_t CHUNK = memory::first_level_cache() / 2 / (PANEL<F> * sizeof(typename F::Scalar)) / F::DEPTH * F::DEPTH;
 
 constexpr int64_t AHEAD = 8192;  // bytes: a stream from memory stops at each page unless it is asked to go on
 

@@ -4,7 +4,9 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/index_select.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -56,7 +58,23 @@ Tensor multiply(const Tensor& x, const Tensor& weight, const Optional& bias, int
 
 int64_t input_size(const Tensor& weight) { return weight.size(1) * (linear::is_packed(weight) ? weight.size(3) : 1); }
 
-Tensor self_attention(const Tensor& x, const Layer& layer, const Tensor& cache, const Step& step) {
+// Where each sequence's outputs begin among all: cu_seqlens_q of a step of them alone. All come last in their sequences.
+Tensor cu_seqlens_of(const Tensor& outputs, const Tensor& cu_seqlens_q) {
+  const Tensor result = at::zeros_like(cu_seqlens_q);
+  const int64_t num_outputs = outputs.size(0), *tokens = outputs.const_data_ptr<int64_t>();
+  const auto* begins = cu_seqlens_q.const_data_ptr<int32_t>();
+  for (int64_t seq = 1, output = 0; seq < result.size(0); ++seq) {
+    for (; output < num_outputs && tokens[output] < begins[seq]; ++output) {
+      TORCH_CHECK(tokens[output] == begins[seq] - 1, "token ", tokens[output], " is an output, but not its sequence's last");
+    }
+    result.mutable_data_ptr<int32_t>()[seq] = output;
+  }
+  return result;
+}
+
+// outputs: the tokens to attend for, if not all; K and V of all are stored.
+Tensor self_attention(
+    const Tensor& x, const Layer& layer, const Tensor& cache, const Step& step, const Optional& outputs) {
   const int64_t num_tokens = x.size(0), q_size = input_size(layer.o), head_dim = step.cos_sin.size(2);
   const int64_t num_heads = q_size / head_dim, num_kv_heads = cache.size(1), all_heads = num_heads + 2 * num_kv_heads;
   const Tensor heads =
@@ -64,10 +82,12 @@ Tensor self_attention(const Tensor& x, const Layer& layer, const Tensor& cache, 
   Tensor q = heads.narrow(1, 0, num_heads), k = heads.narrow(1, num_heads, num_kv_heads);
   const Tensor v = heads.narrow(1, num_heads + num_kv_heads, num_kv_heads);
   std::tie(q, k) = layers::rotate(step.positions, q, k, step.cos_sin, layer.q_norm, layer.k_norm, step.eps);
-  const Tensor out = memory::empty_rows(num_tokens, q_size, q.scalar_type());
-  const Tensor out_heads = out.view({num_tokens, num_heads, head_dim});
+  if (outputs.has_value()) q = q.index_select(0, *outputs);
+  const Tensor cu_seqlens_q = outputs.has_value() ? cu_seqlens_of(*outputs, step.cu_seqlens_q) : step.cu_seqlens_q;
+  const Tensor out = memory::empty_rows(q.size(0), q_size, q.scalar_type());
+  const Tensor out_heads = out.view({q.size(0), num_heads, head_dim});
   store_and_attend(
-      q, k, v, cache, out_heads, step.slot_mapping, step.cu_seqlens_q, step.context_lens, step.block_tables, step.scale);
+      q, k, v, cache, out_heads, step.slot_mapping, cu_seqlens_q, step.context_lens, step.block_tables, step.scale);
   return multiply(out, layer.o, layer.o_bias, x.size(1));
 }
 
@@ -82,13 +102,16 @@ Tensor mlp(const Tensor& x, const Layer& layer) {
 }
 
 // One layer after the other. What goes in and comes out are the last layer's output and what it is still to be added to;
-// the first layer of a model has no residual.
+// the first layer of a model has no residual. outputs: see ForwardContext in context.py. The last layer stores K and V of all
+// tokens, and computes the rest for these alone: of a prompt nearly all of a layer is spared.
 std::tuple<Tensor, Tensor> run_layers(
     Tensor hidden_states, Optional residual, const Weights& weights, at::TensorList kv_cache, const Tensor& positions,
     const Tensor& cos_sin, const Tensor& slot_mapping, const Tensor& cu_seqlens_q, const Tensor& context_lens,
-    const Tensor& block_tables, double eps, double scale) {
+    const Tensor& block_tables, double eps, double scale, Optional outputs) {
   const int64_t num_layers = kv_cache.size();
   TORCH_CHECK(static_cast<int64_t>(weights.size()) == num_layers * Layer::SIZE, "weights of other layers than the caches");
+  if (outputs.has_value() && outputs->size(0) == hidden_states.size(0)) outputs.reset();  // all of them
+  const Optional all;
   const Step step{positions, cos_sin, slot_mapping, cu_seqlens_q, context_lens, block_tables, eps, scale};
   for (int64_t index = 0; index < num_layers; ++index) {
     const Layer layer = layer_of(weights, index);
@@ -97,7 +120,9 @@ std::tuple<Tensor, Tensor> run_layers(
       return layers::add_rms_norm(hidden_states, *residual, norm, eps);
     };
     std::tie(hidden_states, residual) = add_and_norm(layer.input_norm);
-    hidden_states = self_attention(hidden_states, layer, kv_cache[index], step);
+    const Optional& wanted = index + 1 < num_layers ? all : outputs;
+    hidden_states = self_attention(hidden_states, layer, kv_cache[index], step, wanted);
+    if (wanted.has_value()) residual = residual->index_select(0, *wanted);
     std::tie(hidden_states, residual) = add_and_norm(layer.mlp_norm);
     hidden_states = mlp(hidden_states, layer);
   }
@@ -111,6 +136,6 @@ TORCH_LIBRARY_FRAGMENT(NANOVLLM_OPS, library) {
   library.def(
       "run_layers(Tensor hidden_states, Tensor? residual, Tensor?[] weights, Tensor(a!)[] kv_cache, Tensor positions, "
       "Tensor cos_sin, Tensor slot_mapping, Tensor cu_seqlens_q, Tensor context_lens, Tensor block_tables, float eps, "
-      "float scale) -> (Tensor, Tensor)",
+      "float scale, Tensor? outputs) -> (Tensor, Tensor)",
       &decoder::run_layers);
 }

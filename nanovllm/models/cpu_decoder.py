@@ -32,8 +32,9 @@ def use_whole_layers(model: nn.Module, kernels: Any, scale: float) -> None:
         for first in range(0, num_layers, at_once):
             last = first + at_once
             some, caches = weights[first * size : last * size], context.kv_cache[first:last]
+            outputs = context.outputs if last >= num_layers else None
             hidden_states, residual = kernels.run_layers(
-                hidden_states, residual, some, caches, positions, self.rotary.cos_sin, *batch, self.norm.eps, scale
+                hidden_states, residual, some, caches, positions, self.rotary.cos_sin, *batch, self.norm.eps, scale, outputs
             )
         return hidden_states, residual
 

@@ -17,6 +17,7 @@ from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.models.config import ModelConfig
+from nanovllm.utils.context import get_forward_context
 from nanovllm.utils.loader import CheckpointModule
 from nanovllm.utils.ranks import Ranks
 
@@ -96,17 +97,18 @@ class Qwen3Model(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """int64 [num_tokens] and int64 [num_tokens] -> [num_tokens, hidden_size]."""
+        """int64 [num_tokens] and int64 [num_tokens] -> [num_outputs, hidden_size], see `ForwardContext.outputs`."""
         hidden_states, residual = self.run_layers(self.embed_tokens(input_ids), positions)
         return self.norm.add_and_norm(hidden_states, residual)[0]
 
     def run_layers(self, hidden_states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """[num_tokens, hidden_size] -> the last layer's output, and the residual that it is still to be added to."""
+        """[num_tokens, hidden_size] -> the last layer's output for each output, and the residual that it is to be added to."""
         residual = None
         for layer in self.layers:
             hidden_states, residual = layer(hidden_states, residual, positions, self.rotary)
         assert residual is not None, "a model has at least one layer"
-        return hidden_states, residual
+        outputs = get_forward_context().outputs
+        return (hidden_states, residual) if outputs is None else (hidden_states[outputs], residual[outputs])
 
 
 class Qwen3ForCausalLM(CheckpointModule):
@@ -136,7 +138,7 @@ class Qwen3ForCausalLM(CheckpointModule):
             self.tied = ("lm_head.weight",)
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """int64 [num_tokens] and int64 [num_tokens] -> hidden states [num_tokens, hidden_size]."""
+        """int64 [num_tokens] and int64 [num_tokens] -> hidden states [num_outputs, hidden_size]."""
         return self.model(input_ids, positions)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:

@@ -29,11 +29,13 @@ class AttentionMetadata(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ForwardContext:
-    """One forward pass: its batch, the backend that attends, and the backend's cache of each layer."""
+    """One forward pass: its batch, the backend that attends, the backend's cache of each layer, and what is asked for."""
 
     metadata: AttentionMetadata
     backend: "AttentionBackend"
     kv_cache: Sequence[Tensor]  # one a layer, in the backend's own layout
+    # int64 [num_outputs]: tokens whose hidden states are to come out, ascending, of a sequence only the last. None: all tokens.
+    outputs: Tensor | None = None
 
 
 _current: ContextVar[ForwardContext | None] = ContextVar("nanovllm_forward_context", default=None)

@@ -18,6 +18,7 @@
 
 #ifdef __linux__
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace {
@@ -129,6 +130,14 @@ at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
   if (size < LARGE) return at::empty(sizes, dtype);
   const Block block = pool.take(rounded_up(size));
   return at::from_blob(block.data, sizes, [block](void*) { pool.give_back(block); }, dtype);
+}
+
+// Bytes of data that a core's first-level cache holds.
+int64_t first_level_cache() {
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+  if (const int64_t size = sysconf(_SC_LEVEL1_DCACHE_SIZE); size >= 32768) return size;
+#endif
+  return 32768;
 }
 
 // Whether the same places of rows at this distance in bytes are the same few places of the first-level cache.
