@@ -174,8 +174,8 @@ class ModelRunner:
         """Hidden states: by replaying a graph where there is one for the batch.
 
         Returns:
-            [num_sampled, hidden_size] of the tokens that are sampled from, and [at least as many, hidden_size]: of all tokens
-            if log-probabilities of prompts are asked for.
+            [num_sampled, hidden_size]: of the tokens that are sampled from.
+            [at least as many, hidden_size]: of all tokens, if log-probabilities of prompts are asked for.
         """
         is_decode = inputs.max_seqlen_q == 1
         captured = None if self.graphs is None else self.graphs.find(len(inputs.input_ids), is_decode)

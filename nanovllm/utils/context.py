@@ -34,7 +34,7 @@ class ForwardContext:
     metadata: AttentionMetadata
     backend: "AttentionBackend"
     kv_cache: Sequence[Tensor]  # one a layer, in the backend's own layout
-    # int64 [num_outputs]: tokens whose hidden states are to come out, ascending, of a sequence only the last. None: all tokens.
+    # int64 [num_outputs]: tokens whose hidden states are to come out, ascending, each its sequence's last. None: all tokens.
     outputs: Tensor | None = None
 
 

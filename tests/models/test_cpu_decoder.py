@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from kept_logits import check, run
@@ -13,6 +14,7 @@ from torch import Tensor
 from nanovllm import LLM
 from nanovllm.attention import cpu
 from nanovllm.attention.cpu import CPUBackend
+from nanovllm.engine.step_inputs import placeholder_inputs
 from nanovllm.models import cpu_decoder
 from nanovllm.models.llama import LlamaAttention
 from nanovllm.models.qwen3 import Qwen3MLP, Qwen3Model
@@ -44,12 +46,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return made
 
 
-def check_against_single_layers(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
-    together = run(LLM(folder, **OPTIONS, **options), PROMPTS)
+def check_against_single_layers(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, prompts: list[list[int]] = PROMPTS, **options: Any
+) -> None:
+    together = run(LLM(folder, **OPTIONS, **options), prompts)
     with monkeypatch.context() as patch:
         patch.setattr(cpu, "use_whole_layers", lambda *_: None)
-        one_by_one = run(LLM(folder, **OPTIONS, **options), PROMPTS)
-    check(together, one_by_one, len(PROMPTS))
+        one_by_one = run(LLM(folder, **OPTIONS, **options), prompts)
+    check(together, one_by_one, len(prompts))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -86,6 +90,38 @@ def test_all_layers_of_a_small_step_are_one_call_and_each_of_a_large_one_is_one(
     calls.clear()
     run(model, [[*range(50, 62)]])
     assert calls[:5] == [(12, 1)] * 5
+
+
+def test_steps_that_sample_nothing(
+    checkpoint: Callable[..., Path], calls: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [PROMPTS[1] + PROMPTS[3], PROMPTS[1] + PROMPTS[2]]  # which have more than a block in common
+    check_against_single_layers(checkpoint(), monkeypatch, prompts, dtype="bfloat16", max_num_batched_tokens=40)
+    assert [tokens for tokens, _ in calls[:3]] == [40, 40, 40]
+
+
+def test_last_layer_is_computed_for_outputs_only_but_stores_all(checkpoint: Callable[..., Path]) -> None:
+    runner = cast(Any, LLM(checkpoint(), **OPTIONS, dtype="bfloat16").executor)._runner
+    lengths = [5, 1, 40, 3]
+    inputs = placeholder_inputs(lengths, 60, 2)
+    inputs = inputs._replace(input_ids=np.arange(49), positions=np.arange(49) % 40, slot_mapping=np.arange(64, 113))
+    inputs.block_tables[:] = [[2, 3]]
+
+    def compute(outputs: list[int] | None) -> tuple[Tensor, list[Tensor]]:
+        runner.kv_cache = [torch.full_like(cache, 0.5) for cache in runner.kv_cache]
+        step = runner.input_buffer.upload(inputs)
+        with torch.inference_mode():
+            states = runner._forward(step, None if outputs is None else torch.tensor(outputs, dtype=torch.int64))
+        return states, runner.kv_cache
+
+    states, caches = compute(None)
+    assert len(states) == 49
+    for outputs in ([], [5], [4, 45], [4, 5, 45, 48]):
+        some, same_caches = compute(outputs)
+        assert torch.equal(some, states[outputs])
+        assert all(map(torch.equal, caches, same_caches))
+    with pytest.raises(RuntimeError, match="token 3 is an output, but not its sequence's last"):
+        compute([3, 4])
 
 
 class OwnMLP(Qwen3MLP):
