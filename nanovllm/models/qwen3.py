@@ -102,7 +102,9 @@ class Qwen3Model(nn.Module):
         return self.norm.add_and_norm(hidden_states, residual)[0]
 
     def run_layers(self, hidden_states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """[num_tokens, hidden_size] -> what the last layer gives for each output, and the residual that it is to be added to."""
+        """[num_tokens, hidden_size] -> the last layer's output, and the residual that it is still to be added to: both
+        [num_outputs, hidden_size].
+        """
         residual = None
         for layer in self.layers:
             hidden_states, residual = layer(hidden_states, residual, positions, self.rotary)
