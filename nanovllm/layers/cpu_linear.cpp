@@ -318,8 +318,7 @@ at::Tensor product_of(const at::Tensor& x, const at::Tensor& weight, const T* bi
     return layers::silu_and_mul(product_of<F>(x, weight, bias, output_size, false));
   } else {
     const at::Tensor rows = spread(x, c10::CppTypeToScalarType<Value>::value);
-    at::Tensor out = is_gated ? memory::empty_rows(x.size(0), output_size / 2, x.scalar_type())
-                              : memory::empty({x.size(0), output_size}, x.scalar_type());
+    at::Tensor out = memory::empty_rows(x.size(0), is_gated ? output_size / 2 : output_size, x.scalar_type());
     const Shape shape{x.size(0), x.size(1), output_size, rows.stride(0), out.stride(0), is_gated};
     const auto* values = weight.const_data_ptr<typename F::Scalar>();
     multiply<F>(rows.const_data_ptr<Value>(), values, bias, shape, out.mutable_data_ptr<T>());
