@@ -37,7 +37,8 @@ namespace linear {
 
 constexpr const char* PURPOSE = "product with weights of";
 constexpr int64_t MAX_ROWS = 192;  // whose activations stay in the second-level cache while panels go by
-// Steps at a time, at most: of so many, a panel's weights stay in the first-level cache, with a tile's activations, for all tiles.
+// Steps at a time, at most: of so many, a panel's weights stay in the first-level cache for all tiles, beside the activations of
+// a tile.
 template <class F>
 const int64_t MAX_CHUNK = memory::first_level_cache() / 2 / (PANEL<F> * F::STEP * sizeof(typename F::Scalar));
 constexpr int64_t AHEAD = 4096;  // bytes: how far before its use a weight is fetched for a single tile
