@@ -111,7 +111,6 @@ std::tuple<Tensor, Tensor> run_layers(
   const int64_t num_layers = kv_cache.size();
   TORCH_CHECK(static_cast<int64_t>(weights.size()) == num_layers * Layer::SIZE, "weights of other layers than the caches");
   if (outputs.has_value() && outputs->size(0) == hidden_states.size(0)) outputs.reset();  // all of them
-  const Optional all;
   const Step step{positions, cos_sin, slot_mapping, cu_seqlens_q, context_lens, block_tables, eps, scale};
   for (int64_t index = 0; index < num_layers; ++index) {
     const Layer layer = layer_of(weights, index);
@@ -120,7 +119,7 @@ std::tuple<Tensor, Tensor> run_layers(
       return layers::add_rms_norm(hidden_states, *residual, norm, eps);
     };
     std::tie(hidden_states, residual) = add_and_norm(layer.input_norm);
-    const Optional& wanted = index + 1 < num_layers ? all : outputs;
+    const Optional wanted = index + 1 == num_layers ? outputs : std::nullopt;
     hidden_states = self_attention(hidden_states, layer, kv_cache[index], step, wanted);
     if (wanted.has_value()) residual = residual->index_select(0, *wanted);
     std::tie(hidden_states, residual) = add_and_norm(layer.mlp_norm);
