@@ -64,8 +64,15 @@ class AttentionBackend(ABC):
     def allocate_cache(self, num_blocks: int) -> Tensor:
         """The cache of one layer, in this backend's layout, not initialised."""
 
-    def get_memory(self, kv_cache: list[Tensor], first_block: int, end_block: int) -> None:
-        """Get the memory of some blocks of all layers from the operating system before a step needs it, if that pays."""
+    def get_memory(self, kv_cache: list[Tensor], first_block: int, end_block: int, in_large_pages: bool) -> None:
+        """Get the memory of some blocks of all layers from the operating system before a step needs it, if that pays.
+
+        Args:
+            kv_cache: the cache of every layer.
+            first_block, end_block: of these blocks, of which the first has not been got before and the last comes before the
+                end.
+            in_large_pages: whether large pages are wished for, where the system has some.
+        """
         return
 
     @abstractmethod

@@ -55,9 +55,9 @@ class CPUBackend(AttentionBackend):
         cache: Tensor = self._kernels.empty_lasting(shape, spec.dtype)
         return cache
 
-    def get_memory(self, kv_cache: list[Tensor], first_block: int, end_block: int) -> None:
+    def get_memory(self, kv_cache: list[Tensor], first_block: int, end_block: int, in_large_pages: bool) -> None:
         """See `AttentionBackend.get_memory`."""
-        self._kernels.populate(kv_cache, first_block, end_block)
+        self._kernels.populate(kv_cache, first_block, end_block, in_large_pages)
 
     def store(self, k: Tensor, v: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
         """See `AttentionBackend.store`."""

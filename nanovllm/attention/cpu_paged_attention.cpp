@@ -366,7 +366,7 @@ void store_and_attend(
 // NANOVLLM_OPS: the namespace of the operators, of each build its own.
 TORCH_LIBRARY_FRAGMENT(NANOVLLM_OPS, library) {
   library.def("empty_lasting(int[] sizes, ScalarType dtype) -> Tensor", &memory::empty_lasting);
-  library.def("populate(Tensor(a!)[] tensors, int first, int end) -> ()", &memory::populate);
+  library.def("populate(Tensor(a!)[] tensors, int first, int end, bool in_large_pages) -> ()", &memory::populate);
   library.def("store(Tensor k, Tensor v, Tensor(a!) cache, Tensor slot_mapping) -> ()", &store);
   library.def(
       "attend(Tensor q, Tensor cache, Tensor(a!) out, Tensor cu_seqlens_q, Tensor context_lens, Tensor block_tables, "

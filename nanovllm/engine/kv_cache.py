@@ -5,6 +5,7 @@ system gives it in portions, as far as blocks are used.
 """
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +17,10 @@ from nanovllm.config import EngineConfig
 from nanovllm.utils.memory import available_host_memory
 
 GIB = 2**30
-PORTION = 2**26  # bytes that are got from the operating system at once
+PORTION = 2**26  # bytes that are got from the operating system at once; more where that is not a large page for each layer
+LARGE_PAGE = 2**21  # bytes
+SLOW_PAGES = 0.4  # seconds for a GiB of large pages; one thread clears one in 0.1 s, and asks a host for one in 2 s
+WORTH_SMALL_PAGES = 3  # times as fast as large ones they have to be got
 SHARE_OF_HOST_MEMORY = 0.5  # of what is free once the weights are loaded; the rest is for activations and for others
 
 
@@ -114,6 +118,10 @@ class BlockMemory:
     A page that is written for the first time has to be found and cleared by the operating system. In the middle of a step,
     where one thread would do it while the others wait, it took a tenth of the time of a run of a minute.
 
+    Steps run fastest in large pages, by a few per cent of their attention. But a virtual machine that gives memory which is
+    free back to its host has to ask for large pages again, at up to twenty times their price, and may have enough small ones
+    at hand. Where large pages are slow, small ones are tried, and taken for as long as they are much faster.
+
     Args:
         backend: whose cache it is.
         kv_cache: the cache of every layer.
@@ -123,15 +131,28 @@ class BlockMemory:
     def __init__(self, backend: AttentionBackend, kv_cache: list[Tensor], num_blocks: int) -> None:
         self._backend = backend
         self._kv_cache = kv_cache
-        self._portion = max(1, PORTION // (backend.spec.bytes_per_block * len(kv_cache)))
+        self._bytes_per_block = backend.spec.bytes_per_block * len(kv_cache)
+        self._portion = -(-max(PORTION, LARGE_PAGE * len(kv_cache)) // self._bytes_per_block)
         self._num_blocks = num_blocks
         self._num_ready = 0
+        self._large_pages_seconds = self._small_pages_seconds = 0.0  # for a GiB, the last time
         self.reach(0)
 
     def reach(self, block_id: int) -> None:
         """Let the memory of blocks up to this one be there: unused blocks are taken in their order."""
         assert block_id < self._num_blocks, f"block {block_id} is not one of {self._num_blocks}"
         while self._num_ready <= block_id:
-            end = min(self._num_ready + self._portion, self._num_blocks)
-            self._backend.get_memory(self._kv_cache, self._num_ready, end)
-            self._num_ready = end
+            self._get_portion()
+
+    def _get_portion(self) -> None:
+        end = min(self._num_ready + self._portion, self._num_blocks)
+        are_slow = self._large_pages_seconds > SLOW_PAGES
+        in_large_pages = not are_slow or self._small_pages_seconds * WORTH_SMALL_PAGES > self._large_pages_seconds
+        began = time.perf_counter()
+        self._backend.get_memory(self._kv_cache, self._num_ready, end, in_large_pages)
+        seconds = (time.perf_counter() - began) * GIB / (self._bytes_per_block * (end - self._num_ready))
+        if in_large_pages:
+            self._large_pages_seconds = seconds
+        else:
+            self._small_pages_seconds = seconds
+        self._num_ready = end

@@ -99,26 +99,32 @@ size_t num_bytes(at::IntArrayRef sizes, at::ScalarType dtype) {
   return size;
 }
 
-// An uninitialised tensor that lasts, such as weights or a KV cache.
+// An uninitialised tensor that lasts, such as weights or a KV cache: in large pages, unless `populate` gets it in others.
 at::Tensor empty_lasting(at::IntArrayRef sizes, at::ScalarType dtype) {
   return at::from_blob(allocate(rounded_up(num_bytes(sizes, dtype))), sizes, [](void* data) { std::free(data); }, dtype);
 }
 
 // Get the memory of tensors[.., first to end - 1] from the system, which clears each page when it is used for the first time:
-// all threads together, where otherwise one would wait for it and the others for that one. What is in it stays.
-void populate(at::TensorList tensors, int64_t first, int64_t end) {
-  std::vector<std::pair<volatile char*, size_t>> parts;
+// all threads together, where otherwise one would wait for it and the others for that one. What is in it stays. What would be
+// one large page goes with the row in which it begins.
+void populate(at::TensorList tensors, int64_t first, int64_t end, bool in_large_pages) {
+  std::vector<std::pair<char*, size_t>> parts;
   for (const at::Tensor& tensor : tensors) {
-    const size_t size = tensor.nbytes() / tensor.size(0);
+    const size_t size = tensor.nbytes(), row = size / tensor.size(0);
+    const auto bound = [&](size_t index) { return std::min((index * row + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE, size); };
     char* data = static_cast<char*>(tensor.mutable_data_ptr());
-    for (size_t at = first * size; at < end * size; at += LARGE_PAGE) {
-      parts.emplace_back(data + at, std::min(LARGE_PAGE, end * size - at));
+#ifdef __linux__
+    if (!in_large_pages) madvise(data + bound(first), bound(end) - bound(first), MADV_NOHUGEPAGE);
+#endif
+    for (size_t at = bound(first); at < bound(end); at += LARGE_PAGE) {
+      parts.emplace_back(data + at, std::min(LARGE_PAGE, bound(end) - at));
     }
   }
   at::parallel_for(0, parts.size(), 1, [&](int64_t begin, int64_t stop) {
     for (; begin < stop; ++begin) {
       const auto [data, size] = parts[begin];
-      for (size_t at = 0; at < size; at += PAGE) data[at] = data[at];
+      // Added to, not read and written: for a reading alone the system would find another page, of zeros.
+      for (size_t at = 0; at < size; at += PAGE) __atomic_fetch_add(data + at, 0, __ATOMIC_RELAXED);
     }
   });
 }

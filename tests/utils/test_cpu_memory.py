@@ -2,13 +2,14 @@
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from typing import cast
 
 import psutil
 import pytest
 import torch
 from torch import Tensor
 
-from nanovllm.attention.backend import AttentionSpec
+from nanovllm.attention.backend import AttentionBackend, AttentionSpec
 from nanovllm.attention.cpu import CPUBackend
 from nanovllm.engine.kv_cache import PORTION, BlockMemory
 from nanovllm.utils.cpu_build import load_kernels
@@ -88,8 +89,61 @@ def test_memory_is_got_as_far_as_blocks_are_used() -> None:
         memory.reach(500)
 
 
-def test_getting_memory_changes_nothing_that_is_in_it() -> None:
+@pytest.mark.parametrize("in_large_pages", [True, False])
+def test_getting_memory_changes_nothing_that_is_in_it(in_large_pages: bool) -> None:
     backend = CPUBackend(AttentionSpec(2, 2, 32, 32, torch.float32, torch.device("cpu")))
     cache = backend.allocate_cache(300).fill_(3.0)
-    backend.get_memory([cache], 100, 300)
+    backend.get_memory([cache], 100, 300, in_large_pages)
     assert (cache == 3.0).all()
+
+
+def test_what_would_be_a_large_page_is_got_as_a_whole() -> None:
+    spec = AttentionSpec(3, 3, 64, 32, torch.bfloat16, torch.device("cpu"))  # blocks of 24 KiB: 85 and a third in 2 MiB
+    backend = CPUBackend(spec)
+    cache = [backend.allocate_cache(12_000)]
+    process, first = psutil.Process(), 0
+    before = process.memory_info().rss
+    for end, num_pages in ((85, 1), (86, 2), (170, 2), (171, 3), (1024, 12)):
+        backend.get_memory(cache, first, end, in_large_pages=False)
+        assert abs(process.memory_info().rss - before - num_pages * 2 * MIB) < MIB / 2
+        first = end
+
+
+class Clocked:
+    """A backend whose time it takes to get memory is given, in seconds for a GiB, and which keeps what it was asked for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.spec = AttentionSpec(64, 64, 256, 32, torch.float32, torch.device("cpu"))  # blocks of 4 MiB
+        self.large, self.small = 0.1, 0.2
+        self.in_large_pages: list[bool] = []
+        self.now = 0.0
+        monkeypatch.setattr("nanovllm.engine.kv_cache.time.perf_counter", lambda: self.now)
+
+    def get_memory(self, kv_cache: list[Tensor], first_block: int, end_block: int, in_large_pages: bool) -> None:
+        self.in_large_pages.append(in_large_pages)
+        size = (end_block - first_block) * self.spec.bytes_per_block * len(kv_cache)
+        self.now += (self.large if in_large_pages else self.small) * size / 2**30
+
+
+def test_pages_are_large_unless_small_ones_are_much_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = Clocked(monkeypatch)
+    memory = BlockMemory(cast("AttentionBackend", backend), [torch.empty(0)], 1000)
+    portion = PORTION // backend.spec.bytes_per_block
+    last = 0
+
+    def get(num_portions: int) -> list[bool]:
+        nonlocal last
+        backend.in_large_pages.clear()
+        last += num_portions * portion
+        memory.reach(last)
+        return backend.in_large_pages
+
+    assert get(4) == [True] * 4, "as fast as they are: small ones are not even tried"
+    backend.large, backend.small = 2.0, 0.8
+    assert get(4) == [True, False, True, True], "slow now, but small ones hardly less"
+    backend.large = 2.5
+    assert get(4) == [True, False, False, False]
+    backend.small = 3.0
+    assert get(4) == [False, True, True, True], "there are no more of them at hand"
+    backend.large = 0.3
+    assert get(4) == [True] * 4
