@@ -1,6 +1,9 @@
 """The memory that CPU kernels keep for results: used again, by one tensor at a time, and never more than was needed."""
 
+import ctypes
+import mmap
 import multiprocessing
+import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from typing import cast
 
@@ -97,15 +100,22 @@ def test_getting_memory_changes_nothing_that_is_in_it(in_large_pages: bool) -> N
     assert (cache == 3.0).all()
 
 
+def resident_pages(tensor: Tensor) -> int:
+    """How many pages of its memory the process has."""
+    pages = (ctypes.c_ubyte * (tensor.nbytes // mmap.PAGESIZE))()
+    failed = ctypes.CDLL(None).mincore(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes), pages)
+    assert not failed
+    return sum(page & 1 for page in pages)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="large pages are Linux's")
 def test_what_would_be_a_large_page_is_got_as_a_whole() -> None:
-    spec = AttentionSpec(3, 3, 64, 32, torch.bfloat16, torch.device("cpu"))  # blocks of 24 KiB: 85 and a third in 2 MiB
-    backend = CPUBackend(spec)
-    cache = [backend.allocate_cache(12_000)]
-    process, first = psutil.Process(), 0
-    before = process.memory_info().rss
-    for end, num_pages in ((85, 1), (86, 2), (170, 2), (171, 3), (1024, 12)):
-        backend.get_memory(cache, first, end, in_large_pages=False)
-        assert abs(process.memory_info().rss - before - num_pages * 2 * MIB) < MIB / 2
+    row, num_rows = 24 * 1024, 4096  # 85 rows and a third in 2 MiB
+    memory = mmap.mmap(-1, row * num_rows, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # that nobody has used before
+    rows, first = torch.frombuffer(memory, dtype=torch.uint8).view(num_rows, row), 0
+    for end, num_large in ((85, 1), (86, 2), (170, 2), (171, 3), (1024, 12), (4096, 48)):
+        load_kernels().populate([rows], first, end, False)
+        assert resident_pages(rows) == num_large * 2 * MIB // mmap.PAGESIZE
         first = end
 
 
