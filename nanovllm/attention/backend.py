@@ -69,8 +69,7 @@ class AttentionBackend(ABC):
 
         Args:
             kv_cache: the cache of every layer.
-            first_block, end_block: of these blocks, of which the first has not been got before and the last comes before the
-                end.
+            first_block, end_block: the first to get and the one behind the last; all before them have been got.
             in_large_pages: whether large pages are wished for, where the system has some.
         """
         return

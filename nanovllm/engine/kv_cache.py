@@ -135,7 +135,7 @@ class BlockMemory:
         self._portion = -(-max(PORTION, LARGE_PAGE * len(kv_cache)) // self._bytes_per_block)
         self._num_blocks = num_blocks
         self._num_ready = 0
-        self._large_pages_seconds = self._small_pages_seconds = 0.0  # for a GiB, the last time
+        self._seconds = {True: 0.0, False: 0.0}  # for a GiB in large pages and in small ones, the last time
         self.reach(0)
 
     def reach(self, block_id: int) -> None:
@@ -146,13 +146,10 @@ class BlockMemory:
 
     def _get_portion(self) -> None:
         end = min(self._num_ready + self._portion, self._num_blocks)
-        are_slow = self._large_pages_seconds > SLOW_PAGES
-        in_large_pages = not are_slow or self._small_pages_seconds * WORTH_SMALL_PAGES > self._large_pages_seconds
+        are_slow = self._seconds[True] > SLOW_PAGES
+        in_large_pages = not are_slow or self._seconds[False] * WORTH_SMALL_PAGES > self._seconds[True]
         began = time.perf_counter()
         self._backend.get_memory(self._kv_cache, self._num_ready, end, in_large_pages)
-        seconds = (time.perf_counter() - began) * GIB / (self._bytes_per_block * (end - self._num_ready))
-        if in_large_pages:
-            self._large_pages_seconds = seconds
-        else:
-            self._small_pages_seconds = seconds
+        size = self._bytes_per_block * (end - self._num_ready)
+        self._seconds[in_large_pages] = (time.perf_counter() - began) * GIB / size
         self._num_ready = end

@@ -5,14 +5,13 @@ import mmap
 import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from typing import cast
 
 import psutil
 import pytest
 import torch
 from torch import Tensor
 
-from nanovllm.attention.backend import AttentionBackend, AttentionSpec
+from nanovllm.attention.backend import AttentionSpec
 from nanovllm.attention.cpu import CPUBackend
 from nanovllm.engine.kv_cache import PORTION, BlockMemory
 from nanovllm.utils.cpu_build import load_kernels
@@ -119,11 +118,11 @@ def test_what_would_be_a_large_page_is_got_as_a_whole() -> None:
         first = end
 
 
-class Clocked:
+class Clocked(CPUBackend):
     """A backend whose time it takes to get memory is given, in seconds for a GiB, and which keeps what it was asked for."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.spec = AttentionSpec(64, 64, 256, 32, torch.float32, torch.device("cpu"))  # blocks of 4 MiB
+        super().__init__(AttentionSpec(64, 64, 256, 32, torch.float32, torch.device("cpu")))  # blocks of 4 MiB
         self.large, self.small = 0.1, 0.2
         self.in_large_pages: list[bool] = []
         self.now = 0.0
@@ -137,7 +136,7 @@ class Clocked:
 
 def test_pages_are_large_unless_small_ones_are_much_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = Clocked(monkeypatch)
-    memory = BlockMemory(cast("AttentionBackend", backend), [torch.empty(0)], 1000)
+    memory = BlockMemory(backend, [torch.empty(0)], 1000)
     portion = PORTION // backend.spec.bytes_per_block
     last = 0
 
