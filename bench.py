@@ -3,6 +3,7 @@
     python bench.py                                        # a workload that fits the machine
     python bench.py --model PATH --num-seqs 96 --input-len 50 256 --output-len 50 256
     python bench.py --shared-prefix 1024 --repeat 3 --json result.json --plot result.png
+    python bench.py --shared-prefix 1024 --no-prefix-caching   # what that prefix costs without the cache
     python bench.py --model PATH --engine transformers     # a peer on the same work: in an interpreter that has it
     python bench.py --host-overhead                        # what a decode step costs in Python, without a model
     python bench.py --batch-overhead                       # what a row of `nanovllm batch` costs beside the model
@@ -13,17 +14,14 @@ Engines are compared by the ratio of medians of the same work on the same machin
 
 import argparse
 import json
-import platform
-import resource
 import statistics
-import sys
 from dataclasses import asdict
-from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
 
 from benchmarks.engines import ENGINES, Measurement, Workload
+from benchmarks.machine import describe_machine, peak_memory_bytes
 
 
 def summarize(workload: Workload, runs: list[Measurement]) -> dict[str, float | None]:
@@ -51,39 +49,6 @@ def summarize(workload: Workload, runs: list[Measurement]) -> dict[str, float | 
         "prefix_hit_tokens": runs[-1].prefix_hit_tokens,
         "preemptions": runs[-1].preemptions,
     }
-
-
-def peak_memory_bytes() -> int:
-    """Of the GPU when there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def describe_machine() -> dict[str, str | int]:
-    """What a number is worth nothing without."""
-    cpu = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as lines:
-            cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    machine: dict[str, str | int] = {
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-    }
-    return machine | installed_versions(
-        "nano-vllm", "torch", "transformers", "triton", "flash-attn", "vllm", "openvino-genai"
-    )
-
-
-def installed_versions(*names: str) -> dict[str, str]:
-    """Of those packages that are here."""
-    found = {dist.name: dist.version for dist in distributions()}
-    return {name: found[name] for name in names if name in found}
 
 
 def plot(path: str, run: Measurement, title: str) -> None:
@@ -118,6 +83,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--input-len", type=int, nargs=2, metavar=("MIN", "MAX"), default=(100, 1024) if gpu else (50, 256))
     parser.add_argument("--output-len", type=int, nargs=2, metavar=("MIN", "MAX"), default=(100, 1024) if gpu else (50, 128))
     parser.add_argument("--shared-prefix", type=int, default=0, help="tokens that all prompts begin with")
+    parser.add_argument("--no-prefix-caching", action="store_true", help="compute every prompt whole")
     parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--max-num-seqs", type=int, default=512, help="that run at the same time")

@@ -68,6 +68,7 @@ def run_nanovllm(model: str, workload: Workload, args: argparse.Namespace) -> Ca
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,
         enforce_eager=args.enforce_eager,
+        enable_prefix_caching=not args.no_prefix_caching,
         tensor_parallel_size=args.tensor_parallel_size,
     )
     llm.generate([[1, 2, 3]], SamplingParams(max_tokens=8, ignore_eos=True), use_tqdm=False)
@@ -110,7 +111,13 @@ def run_vllm(model: str, workload: Workload, args: argparse.Namespace) -> Callab
     from vllm import SamplingParams as VParams
 
     start = time.perf_counter()
-    llm = VLLM(model, max_model_len=args.max_model_len, max_num_seqs=args.max_num_seqs, enforce_eager=args.enforce_eager)
+    llm = VLLM(
+        model,
+        max_model_len=args.max_model_len,
+        max_num_seqs=args.max_num_seqs,
+        enforce_eager=args.enforce_eager,
+        enable_prefix_caching=not args.no_prefix_caching,
+    )
     llm.generate([{"prompt_token_ids": [1, 2, 3]}], VParams(max_tokens=8, ignore_eos=True), use_tqdm=False)
     load_s = time.perf_counter() - start
 
@@ -136,7 +143,8 @@ def run_openvino(model: str, workload: Workload, args: argparse.Namespace) -> Ca
     start = time.perf_counter()
     scheduler = genai.SchedulerConfig()
     scheduler.cache_size, scheduler.max_num_seqs, scheduler.max_num_batched_tokens = 6, args.max_num_seqs, 2048
-    scheduler.enable_prefix_caching = scheduler.dynamic_split_fuse = True
+    scheduler.dynamic_split_fuse = True
+    scheduler.enable_prefix_caching = not args.no_prefix_caching
     precision = "bf16" if has_bfloat16() else "f32"
     options = {"INFERENCE_PRECISION_HINT": precision, "KV_CACHE_PRECISION": precision}
     pipeline = genai.ContinuousBatchingPipeline(model, scheduler, "CPU", options, {})
@@ -168,7 +176,7 @@ def run_openvino(model: str, workload: Workload, args: argparse.Namespace) -> Ca
 
 
 def run_transformers(model: str, workload: Workload, args: argparse.Namespace) -> Callable[[], Measurement]:
-    """Transformers' generate on one left-padded batch; it runs until the longest output is there."""
+    """Transformers' generate on one left-padded batch, without a prefix cache; it runs until the longest output is there."""
     from transformers import AutoModelForCausalLM
 
     start = time.perf_counter()

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from backend_parity import check_against_plain, random_seqlens
 
-from bench import describe_machine
+from benchmarks.machine import describe_machine
 from example import choose_model
 from nanovllm import LLM, SamplingParams
 from nanovllm.attention.backend import AttentionSpec
