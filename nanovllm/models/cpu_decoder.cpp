@@ -2,16 +2,22 @@
 // qwen3.py, which call them one by one and give the same, bit for bit. A step of few tokens is spared a dozen calls from
 // Python for each layer: in a small model they take longer than its products. Called by cpu_decoder.py.
 
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/zeros_like.h>
+#include <c10/core/InferenceMode.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <numeric>
 #include <optional>
 #include <string_view>
 #include <tuple>
+#include <vector>
 
 #include "../utils/cpu_memory.h"
 
@@ -40,8 +46,17 @@ Layer layer_of(const Weights& weights, int64_t index) {
 }
 
 struct Step {  // see AttentionMetadata in context.py
-  const Tensor &positions, &cos_sin, &slot_mapping, &cu_seqlens_q, &context_lens, &block_tables;
+  Tensor positions, cos_sin, slot_mapping, cu_seqlens_q, context_lens, block_tables;
   double eps, scale;
+
+  int64_t num_tokens() const { return positions.size(0); }
+  bool has_only_decodes() const { return num_tokens() == context_lens.size(0); }
+  // The step of some sequences alone, where each has one token.
+  Step of(int64_t first, int64_t size) const {
+    return {
+        positions.narrow(0, first, size), cos_sin, slot_mapping.narrow(0, first, size), cu_seqlens_q.narrow(0, 0, size + 1),
+        context_lens.narrow(0, first, size), block_tables.narrow(0, first, size), eps, scale};
+  }
 };
 
 // x [num_tokens, input_size] times a weight: packed by cpu_linear.cpp, by oneDNN, or not.
@@ -101,22 +116,18 @@ Tensor mlp(const Tensor& x, const Layer& layer) {
   return multiply(activate(x, layer), layer.down, layer.down_bias, x.size(1));
 }
 
-// One layer after the other. What goes in and comes out are the last layer's output and what it is still to be added to;
-// the first layer of a model has no residual. outputs: see ForwardContext in context.py. The last layer stores K and V of all
-// tokens, and computes the rest for these alone: of a prompt nearly all of a layer is spared.
-std::tuple<Tensor, Tensor> run_layers(
-    Tensor hidden_states, Optional residual, const Weights& weights, at::TensorList kv_cache, const Tensor& positions,
-    const Tensor& cos_sin, const Tensor& slot_mapping, const Tensor& cu_seqlens_q, const Tensor& context_lens,
-    const Tensor& block_tables, double eps, double scale, Optional outputs) {
+using States = std::tuple<Tensor, Tensor>;  // the last layer's output, and the residual that it is still to be added to
+
+// One layer after the other. The last stores K and V of all tokens, and computes the rest for the outputs alone.
+States run_in_turn(
+    Tensor hidden_states, Optional residual, const Weights& weights, at::TensorList kv_cache, const Step& step,
+    const Optional& outputs) {
   const int64_t num_layers = kv_cache.size();
-  TORCH_CHECK(static_cast<int64_t>(weights.size()) == num_layers * Layer::SIZE, "weights of other layers than the caches");
-  if (outputs.has_value() && outputs->size(0) == hidden_states.size(0)) outputs.reset();  // all of them
-  const Step step{positions, cos_sin, slot_mapping, cu_seqlens_q, context_lens, block_tables, eps, scale};
   for (int64_t index = 0; index < num_layers; ++index) {
     const Layer layer = layer_of(weights, index);
     const auto add_and_norm = [&](const Tensor& norm) {
-      if (!residual.has_value()) return std::tuple{layers::rms_norm(hidden_states, norm, eps), hidden_states};
-      return layers::add_rms_norm(hidden_states, *residual, norm, eps);
+      if (!residual.has_value()) return std::tuple{layers::rms_norm(hidden_states, norm, step.eps), hidden_states};
+      return layers::add_rms_norm(hidden_states, *residual, norm, step.eps);
     };
     std::tie(hidden_states, residual) = add_and_norm(layer.input_norm);
     const Optional wanted = index + 1 == num_layers ? outputs : std::nullopt;
@@ -126,6 +137,62 @@ std::tuple<Tensor, Tensor> run_layers(
     hidden_states = mlp(hidden_states, layer);
   }
   return {hidden_states, *residual};
+}
+
+// ---- decodes, shared out among threads ----
+
+// Each of two threads can take half of many decodes through all layers by itself. They do not wait for each other after every
+// product, and while one waits for K and V from memory, the other may multiply, which waits for nothing. But both read all
+// weights, the later one from the cache that they share. Few rows lose by that, whose products take as long as reading their
+// weights; more threads than two have not been measured.
+constexpr int64_t NUM_SHARES = 2, MIN_SHARE = 24;  // threads, and rows of each
+constexpr int64_t ROW_COST = 300;  // what a row's products cost, in tokens of a context that is attended to in that time
+
+bool is_worth_sharing(const Step& step, const Weights& weights) {
+  const bool is_ours = linear::is_packed(layer_of(weights, 0).qkv);
+  return is_ours && step.has_only_decodes() && at::get_num_threads() == NUM_SHARES &&
+         step.num_tokens() >= NUM_SHARES * MIN_SHARE;
+}
+
+// The row at which the first of two shares ends, which cost the same.
+int64_t find_middle(const Tensor& context_lens) {
+  const auto* lens = context_lens.const_data_ptr<int32_t>();
+  const int64_t num_rows = context_lens.size(0);
+  int64_t whole = num_rows * ROW_COST, part = 0, row = 0;
+  whole = std::accumulate(lens, lens + num_rows, whole);
+  while (2 * part < whole) part += ROW_COST + lens[row++];
+  return std::min(row, num_rows - 1);
+}
+
+States run_shares(
+    const Tensor& hidden_states, const Optional& residual, const Weights& weights, at::TensorList kv_cache, const Step& step) {
+  const int64_t middle = find_middle(step.context_lens), bounds[] = {0, middle, step.num_tokens()};
+  std::vector<Tensor> outs(NUM_SHARES), residuals(NUM_SHARES);
+  at::parallel_for(0, NUM_SHARES, 1, [&](int64_t begin, int64_t end) {
+    const c10::InferenceMode guard;  // of this thread
+    for (int64_t share = begin; share < end; ++share) {
+      const int64_t first = bounds[share], size = bounds[share + 1] - first;
+      const Optional before = residual.has_value() ? Optional(residual->narrow(0, first, size)) : std::nullopt;
+      std::tie(outs[share], residuals[share]) = run_in_turn(
+          hidden_states.narrow(0, first, size), before, weights, kv_cache, step.of(first, size), std::nullopt);
+    }
+  });
+  return {at::cat(outs), at::cat(residuals)};
+}
+
+// What goes in is what came out of the layers before; the first layer of a model has no residual. outputs: see ForwardContext in
+// context.py. Of a prompt nearly all of the last layer is spared.
+States run_layers(
+    const Tensor& hidden_states, const Optional& residual, const Weights& weights, at::TensorList kv_cache,
+    const Tensor& positions, const Tensor& cos_sin, const Tensor& slot_mapping, const Tensor& cu_seqlens_q,
+    const Tensor& context_lens, const Tensor& block_tables, double eps, double scale, Optional outputs) {
+  const int64_t num_weights = kv_cache.size() * Layer::SIZE;
+  TORCH_CHECK(static_cast<int64_t>(weights.size()) == num_weights, "weights of other layers than the caches");
+  if (outputs.has_value() && outputs->size(0) == hidden_states.size(0)) outputs.reset();  // all of them
+  const Step step{positions, cos_sin, slot_mapping, cu_seqlens_q, context_lens, block_tables, eps, scale};
+  const bool shares = !outputs.has_value() && is_worth_sharing(step, weights);
+  return shares ? run_shares(hidden_states, residual, weights, kv_cache, step)
+                : run_in_turn(hidden_states, residual, weights, kv_cache, step, outputs);
 }
 
 }  // namespace decoder

@@ -100,6 +100,26 @@ def test_steps_that_sample_nothing(
     assert [tokens for tokens, _ in calls[:3]] == [40, 40, 40]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("longest", [0, 30, 59])
+def test_same_bits_of_decodes_that_two_threads_share(
+    checkpoint: Callable[..., Path],
+    calls: list[tuple[int, int]],
+    monkeypatch: pytest.MonkeyPatch,
+    longest: int,
+    dtype: str,
+) -> None:
+    prompts = [Random(i).choices(range(320), k=1 + i % 40) for i in range(60)]
+    prompts[longest] = Random(longest).choices(range(320), k=200)
+    num_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        check_against_single_layers(checkpoint(), monkeypatch, prompts, dtype=dtype)
+    finally:
+        torch.set_num_threads(num_threads)
+    assert 60 in {tokens for tokens, _ in calls}
+
+
 def test_last_layer_is_computed_for_outputs_only_but_stores_all(checkpoint: Callable[..., Path]) -> None:
     runner = cast(Any, LLM(checkpoint(), **OPTIONS, dtype="bfloat16").executor)._runner
     lengths = [5, 1, 40, 3]
