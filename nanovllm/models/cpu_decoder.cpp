@@ -144,13 +144,16 @@ States run_in_turn(
 // Each of two threads can take half of many decodes through all layers by itself. They do not wait for each other after every
 // product, and while one waits for K and V from memory, the other may multiply, which waits for nothing. But both read all
 // weights, the later one from the cache that they share. Few rows lose by that, whose products take as long as reading their
-// weights; more threads than two have not been measured.
+// weights, and so would more by AMX, which multiplies several times as fast. More threads than two have not been measured.
 constexpr int64_t NUM_SHARES = 2, MIN_SHARE = 24;  // threads, and rows of each
 constexpr int64_t ROW_COST = 300;  // what a row's products cost, in tokens of a context that is attended to in that time
 
 bool is_worth_sharing(const Step& step, const Weights& weights) {
-  const bool is_ours = linear::is_packed(layer_of(weights, 0).qkv);
-  return is_ours && step.has_only_decodes() && at::get_num_threads() == NUM_SHARES &&
+  const Tensor qkv = layer_of(weights, 0).qkv;
+#ifdef NANOVLLM_AMX
+  if (qkv.scalar_type() == at::kBFloat16) return false;
+#endif
+  return linear::is_packed(qkv) && step.has_only_decodes() && at::get_num_threads() == NUM_SHARES &&
          step.num_tokens() >= NUM_SHARES * MIN_SHARE;
 }
 
