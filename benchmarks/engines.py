@@ -58,19 +58,22 @@ def has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return not cpuinfo.exists() or "bf16" in cpuinfo.read_text()
 
 
+def common_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What nanovllm and vLLM call by the same names."""
+    return {
+        "max_model_len": args.max_model_len,
+        "max_num_seqs": args.max_num_seqs,
+        "enforce_eager": args.enforce_eager,
+        "enable_prefix_caching": not args.no_prefix_caching,
+    }
+
+
 def run_nanovllm(model: str, workload: Workload, args: argparse.Namespace) -> Callable[[], Measurement]:
     """Load once; each call of what is returned times the workload."""
     from nanovllm import LLM, SamplingParams
 
     start = time.perf_counter()
-    llm = LLM(
-        model,
-        max_model_len=args.max_model_len,
-        max_num_seqs=args.max_num_seqs,
-        enforce_eager=args.enforce_eager,
-        enable_prefix_caching=not args.no_prefix_caching,
-        tensor_parallel_size=args.tensor_parallel_size,
-    )
+    llm = LLM(model, **common_options(args), tensor_parallel_size=args.tensor_parallel_size)
     llm.generate([[1, 2, 3]], SamplingParams(max_tokens=8, ignore_eos=True), use_tqdm=False)
     load_s = time.perf_counter() - start
 
@@ -111,13 +114,7 @@ def run_vllm(model: str, workload: Workload, args: argparse.Namespace) -> Callab
     from vllm import SamplingParams as VParams
 
     start = time.perf_counter()
-    llm = VLLM(
-        model,
-        max_model_len=args.max_model_len,
-        max_num_seqs=args.max_num_seqs,
-        enforce_eager=args.enforce_eager,
-        enable_prefix_caching=not args.no_prefix_caching,
-    )
+    llm = VLLM(model, **common_options(args))
     llm.generate([{"prompt_token_ids": [1, 2, 3]}], VParams(max_tokens=8, ignore_eos=True), use_tqdm=False)
     load_s = time.perf_counter() - start
 
